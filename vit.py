@@ -1,34 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Vision Transformer (ViT) in pure JAX, in one file: model, released weights, fine-tuning, pictures.
+"""Vision Transformer (ViT) in pure JAX, in one file: the model, its weights, fine-tuning, photos.
 
-Implements "An Image is Worth 16x16 Words" (Dosovitskiy et al., arXiv 2010.11929) and the recipe of
-its code release, google-research/vision_transformer. Run it, read it, copy pieces out of it:
+"An Image is Worth 16x16 Words" (Dosovitskiy et al., arXiv 2010.11929, "the paper" below) and the
+recipe of its code, google-research/vision_transformer ("the release"). Run it, read it, copy it:
 
-    python vit.py digits                                # learns to read digits, nothing to download
-    python vit.py cifar10                               # fine-tunes the released ViT-B/16
+    python vit.py digits                  # learns to read digits in a minute; nothing to download
+    python vit.py cifar10                 # fine-tunes the released ViT-B/16
     python vit.py photo.jpg --pretrained=runs/cifar10/checkpoint.npz
 
-The file reads from top to bottom; every part needs only those above it:
+It reads from top to bottom:
 
-    1. Model      what an image becomes: patches, tokens, encoder blocks, logits
-    2. Weights    released checkpoints in and out; position embeddings at another resolution
-    3. Images     digits, CIFAR, TFDS, folders; crops; batches that stay ahead of the device
-    4. Learning   loss, mixup, learning rate, SGD with momentum, one step on all devices
-    5. Safety     downloads, atomic checkpoints, resuming (skip it at first reading)
-    6. Training   the loop, evaluation
-    7. Photos     classification, and where the class token looks
-    8. Command line
+    1. Model          what an image becomes: patches, tokens, encoder blocks, logits
+    2. Weights        released checkpoints in and out; another image size
+    3. Images         digits, CIFAR, TFDS, folders; crops; batches that stay ahead of the device
+    4. Learning       loss, mixup, learning rate, SGD with momentum; one step on all devices
+    5. Files          downloads, damaged files, resuming (skip it at first reading)
+    6. Training       the loop and the evaluation
+    7. Photos         the likeliest classes, and where the class token looks
+    8. Command line   all options in one table
 
-In shapes: B images, H x W pixels, P patch size, N tokens (class token included), D width, L blocks,
-A attention heads, K classes. Two JAX ideas to start with. A *pytree* is a nested dict (or list) of
-arrays; the parameters are one, and `jax.tree.map(f, a, b)` applies f leaf by leaf. A *key* is an
-explicit random state: the same key always gives the same numbers, and `split` or `fold_in` make new
-ones from it.
+Shapes: B images of H x W pixels, patches of P x P, N tokens (the class token included), width D,
+L blocks, A attention heads, K classes. Two ideas of JAX to begin with: a *pytree* is a nested dict
+of arrays, as our parameters are, and `jax.tree.map(f, a, b)` applies f leaf by leaf; a *key* is
+random state as a value: the same key gives the same numbers, `split` and `fold_in` make new keys.
 """
 import argparse
 import collections
 import contextlib
-import csv
 import difflib
 import functools
 import hashlib
@@ -38,16 +36,13 @@ import io
 import json
 import math
 import os
-import re
 import signal
 import sys
 import tarfile
 import time
-import urllib.error
 import urllib.request
 import uuid
 import zipfile
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -56,18 +51,16 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-# ==================================================================================================
-# 1. Model (needs jax and jax.numpy only)
-# ==================================================================================================
+# ---------------------------------------------------------------------------------------- 1. Model
+
 
 def parse_model(model):
     """"ViT-B_16" -> (patch size P, width D, depth L, heads A, MLP width), five ints.
 
-    The sizes are those of the paper (table 1; Ti and S: arXiv 2106.10270), the patch size is free.
-    Raises ValueError for any other name.
+    Sizes: the paper, table 1 (Ti and S: arXiv 2106.10270). ValueError for any other name.
     """
     sizes = {
-        "XS": (96, 4, 3),  # ours, small enough to learn `digits` on a CPU
+        "XS": (64, 3, 4),  # ours, small enough to learn `digits` on a CPU
         "Ti": (192, 12, 3),
         "S": (384, 12, 6),
         "B": (768, 12, 12),
@@ -76,8 +69,8 @@ def parse_model(model):
     }
     size, _, patch = model.removeprefix("ViT-").partition("_")
     if model != f"ViT-{size}_{patch}" or size not in sizes or not patch.isdecimal():
-        raise ValueError(f"unknown model {model!r}; models are called ViT-SIZE_PATCH, for example "
-                         f"ViT-B_16, with SIZE one of {', '.join(sizes)} and PATCH in pixels")
+        raise ValueError(f"unknown model {model!r}; models are called ViT-SIZE_PATCH, like "
+                         f"ViT-B_16, with SIZE one of {', '.join(sizes)} and PATCH a number")
     width, depth, heads = sizes[size]
     return int(patch), width, depth, heads, 4 * width
 
@@ -85,8 +78,8 @@ def parse_model(model):
 def linear(x, kernel, bias):
     """x @ kernel + bias: [..., I] -> [..., O], in the dtype of x.
 
-    Kernels keep the shapes that they have in the checkpoints, [I, A, O/A] for example; here they
-    are matrices [I, O]. One large matrix product is what every device does best.
+    Kernels have the shapes of the checkpoints, [I, A, O/A] for example; here they are matrices
+    [I, O], since one large matrix product is what every device does best.
     """
     inputs = x.shape[-1]
     y = x.reshape(-1, inputs) @ kernel.reshape(inputs, -1).astype(x.dtype)
@@ -94,31 +87,25 @@ def linear(x, kernel, bias):
 
 
 def layer_norm(x, scale, bias):
-    """Each token to mean 0 and variance 1, then scale and bias: [..., D] -> [..., D].
-
-    Computed in float32 whatever the dtype of x, which is also the dtype of the result.
-    """
-    x32 = x.astype(jnp.float32)
-    x32 = x32 - x32.mean(axis=-1, keepdims=True)
-    x32 = x32 * jax.lax.rsqrt((x32**2).mean(axis=-1, keepdims=True) + 1e-6)
-    return (x32 * scale + bias).astype(x.dtype)
+    """Each token to mean 0, variance 1, then * scale + bias, in float32: [..., D] -> [..., D]."""
+    y = x.astype(jnp.float32)
+    y = y - y.mean(axis=-1, keepdims=True)
+    y = y * jax.lax.rsqrt((y * y).mean(axis=-1, keepdims=True) + 1e-6)
+    return (y * scale + bias).astype(x.dtype)
 
 
 def dropout(x, key, rate):
-    """Zeroes entries of x with probability rate, scales the others by 1 / (1 - rate).
-
-    Any shape; without a key (evaluation) or with rate 0 it is the identity.
-    """
+    """Zeroes entries with probability rate, scales the rest by 1 / (1 - rate); no key: x itself."""
     if key is None or rate == 0:
         return x
     return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
 
 
 def patch_embedding(images, kernel, bias):
-    """Cuts images into P x P patches and projects each: [B, H, W, 3] -> [B, H/P * W/P, D].
+    """Cuts images into P x P patches and projects each (paper, eq. 1): [B, H, W, 3] -> [B, N-1, D].
 
-    kernel [P, P, 3, D], bias [D]. Equals a convolution with kernel and stride P (paper, eq. 1).
-    H and W must be multiples of P, else the reshape raises a TypeError.
+    kernel [P, P, 3, D], bias [D]. The same as a convolution with kernel and stride P. TypeError
+    where H or W is no multiple of P.
     """
     b, h, w, c = images.shape
     p = kernel.shape[0]
@@ -129,36 +116,36 @@ def patch_embedding(images, kernel, bias):
 
 
 def attention(x, query, key, value, out):
-    """Multi-head self-attention (paper, appendix A): x [B, N, D] -> [B, N, D], and its weights.
+    """Multi-head self-attention (paper, appendix A): [B, N, D] -> [B, N, D], and its weights.
 
-    query, key, value: dicts of kernel [D, A, D/A] and bias [A, D/A]; out: [A, D/A, D] and [D].
-    The weights [B, A, N, N] say how much each token (row) takes from each token (column); they and
-    the scores are float32 even where x is bfloat16.
+    query, key, value: dicts of kernel [D, A, D/A] and bias [A, D/A]; out: [A, D/A, D] and [D]. The
+    weights [B, A, N, N], how much each token (row) takes from each (column), are always float32.
     """
     b, n, d = x.shape
     heads, size = query["bias"].shape
 
-    def split_heads(x):
-        return x.reshape(b, n, heads, size).swapaxes(1, 2)  # [B, N, D] -> [B, A, N, D/A]
+    def split_heads(y):
+        return y.reshape(b, n, heads, size).swapaxes(1, 2)  # [B, N, D] -> [B, A, N, D/A]
 
-    q, k, v = (split_heads(linear(x, **p)) for p in (query, key, value))
+    q, k, v = (split_heads(linear(x, **projection)) for projection in (query, key, value))
     k = k.swapaxes(2, 3)  # [B, A, D/A, N]
     scores = jnp.matmul(q / size**0.5, k, preferred_element_type=jnp.float32)  # [B, A, N, N]
     weights = jax.nn.softmax(scores, axis=-1)
     y = weights.astype(x.dtype) @ v  # [B, A, N, D/A]
-    return linear(y.swapaxes(1, 2).reshape(b, n, d), **out), weights
+    y = y.swapaxes(1, 2).reshape(b, n, d)  # the heads side by side again: [B, N, D]
+    return linear(y, **out), weights
 
 
 def mlp(x, Dense_0, Dense_1, key=None, dropout_rate=0.0):
-    """Two linear layers with a GELU (tanh form) between: [B, N, D] -> [B, N, 4D] -> [B, N, D]."""
-    x = dropout(jax.nn.gelu(linear(x, **Dense_0), approximate=True), key, dropout_rate)
-    return linear(x, **Dense_1)
+    """Two linear layers, a GELU (tanh form) between: [B, N, D] -> [B, N, 4D] -> [B, N, D]."""
+    x = jax.nn.gelu(linear(x, **Dense_0), approximate=True)
+    return linear(dropout(x, key, dropout_rate), **Dense_1)
 
 
 def encoder_block(x, block, key=None, dropout_rate=0.0):
-    """One pre-norm Transformer block (paper, eq. 2 and 3): x [B, N, D] -> ([B, N, D], weights).
+    """One pre-norm Transformer block (paper, eq. 2, 3): [B, N, D] -> [B, N, D], attention weights.
 
-    block: the parameters of this block under the checkpoints' names; weights as in `attention`.
+    block: the parameters of one block, under the names of the released checkpoints.
     """
     keys = [None] * 3 if key is None else jax.random.split(key, 3)
     y = layer_norm(x, **block["LayerNorm_0"])
@@ -172,80 +159,72 @@ def encoder_block(x, block, key=None, dropout_rate=0.0):
 def forward(params, images, key=None, dropout_rate=0.0, remat=False, return_attention=False):
     """The Vision Transformer: pixels [B, H, W, 3] in [-1, 1] -> logits [B, K], float32.
 
-    Everything about the model (P, D, L, A, pre_logits or none) is read off the shapes of params, as
-    made by `init_params` or `load_checkpoint`. Activations have the dtype of images (float32 or
-    bfloat16). H and W must fit the position embeddings, else adding them raises a TypeError.
-    A key turns dropout on. With return_attention, also the attention weights [L, B, A, N, N].
+    P, D, L, A and pre_logits or none are read off params (see `init_params`, `load_checkpoint`).
+    Activations have the dtype of images, float32 or bfloat16. A key turns dropout on. TypeError
+    where H and W do not fit the position embeddings. With return_attention -> (logits, attention
+    weights [L, B, A, N, N]).
 
-    For the gradient, JAX keeps what the forward pass computed. Here only the outputs of products
-    with weight matrices stay; norms, softmax and GELU are computed again, which is faster than
-    writing them to memory and reading them back. remat=True keeps nothing inside a block.
+    For the gradient, JAX keeps what the forward pass computed. Here it keeps the products with
+    weight matrices only; norms, softmax and GELU are cheaper to compute again than to write to
+    memory and read back. With remat it keeps the input of each block and computes the rest again.
     """
     encoder = params["Transformer"]
+    blocks = encoder["encoderblock"]  # the arrays of the L blocks are stacked: [L, ...]
     x = patch_embedding(images, **params["embedding"])  # [B, N-1, D]
-    cls = jnp.broadcast_to(params["cls"], (x.shape[0], 1, x.shape[2])).astype(x.dtype)
+    cls = jnp.broadcast_to(params["cls"].astype(x.dtype), (x.shape[0], 1, x.shape[2]))
     x = jnp.concatenate([cls, x], axis=1)  # [B, N, D]
     x = x + encoder["posembed_input"]["pos_embedding"].astype(x.dtype)
-
     keys = None
     if key is not None:
-        depth = encoder["encoderblock"]["LayerNorm_0"]["scale"].shape[0]
-        key, *keys = jax.random.split(key, depth + 1)
-        x, keys = dropout(x, key, dropout_rate), jnp.stack(keys)
+        key, *keys = jax.random.split(key, 1 + blocks["LayerNorm_0"]["scale"].shape[0])
+        x, keys = dropout(x, key, dropout_rate), jnp.stack(keys)  # a key for each block
 
     def step(x, block_and_key):
         x, weights = encoder_block(x, *block_and_key, dropout_rate)
         return x, weights if return_attention else None
 
-    policy = None if remat else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    step = jax.checkpoint(step, policy=policy, prevent_cse=False)
-    # The arrays of all L blocks are stacked, [L, ...]; scan runs the same step on slice after slice.
-    # A loop in Python would do too, but XLA would compile every block anew.
-    x, weights = jax.lax.scan(step, x, (encoder["encoderblock"], keys))
-
-    x = layer_norm(x, **encoder["encoder_norm"])[:, 0]  # the class token: [B, D]
-    if "pre_logits" in params:  # only the released ImageNet-21k checkpoints have it
+    keep = None if remat else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    # scan calls step on slice after slice of the stacked blocks, carrying x along. A Python loop
+    # would do the same, but XLA would have to compile every block by itself.
+    x, weights = jax.lax.scan(jax.checkpoint(step, policy=keep, prevent_cse=False), x,
+                              (blocks, keys))
+    x = layer_norm(x, **encoder["encoder_norm"])[:, 0]  # the class token: [B, N, D] -> [B, D]
+    if "pre_logits" in params:  # in the ImageNet-21k checkpoints of the paper
         x = jnp.tanh(linear(x, **params["pre_logits"]))
-    logits = linear(x.astype(jnp.float32), **params["head"])  # [B, K]
+    logits = linear(x.astype(jnp.float32), **params["head"])  # [B, D] -> [B, K]
     return (logits, weights) if return_attention else logits
 
 
 def init_params(key, model, image_size, num_classes):
-    """Random parameters for training from scratch: a nested dict of float32 arrays.
+    """Random parameters to train from scratch: a nested dict of float32 arrays, as `forward` wants.
 
-    model: a name for `parse_model`, or the five numbers that it returns. image_size in pixels.
-    Names and distributions are those of the released code; the arrays of the L blocks are stacked,
-    [L, ...], under Transformer/encoderblock. Raises ValueError where the name is unknown or the
-    image size is no multiple of the patch size.
+    model: a name for `parse_model`, or the five numbers that it returns; image_size in pixels.
+    Names and distributions are those of the release. ValueError where the name is unknown or the
+    patch size does not divide the image size.
     """
     patch, d, depth, heads, hidden = parse_model(model) if isinstance(model, str) else model
     if patch < 1 or image_size < patch or image_size % patch:
         raise ValueError(f"image size {image_size} is not a multiple of the patch size {patch}")
     init, keys = jax.nn.initializers, iter(jax.random.split(key, 14))
 
-    def layers(inputs, outputs, bias_init=init.zeros):
-        """L linear layers: kernels [L, *inputs, *outputs], biases [L, *outputs]."""
-        in_axis, out_axis = tuple(range(1, 1 + len(inputs))), tuple(range(-len(outputs), 0))
-        xavier = init.xavier_uniform(in_axis, out_axis, batch_axis=0)
-        return {
-            "kernel": xavier(next(keys), (depth, *inputs, *outputs)),
-            "bias": bias_init(next(keys), (depth, *outputs)),
-        }
+    def layers(inputs, outputs, bias_init=init.zeros):  # [L, *inputs, *outputs], [L, *outputs]
+        in_axes, out_axes = tuple(range(1, 1 + len(inputs))), tuple(range(-len(outputs), 0))
+        xavier = init.xavier_uniform(in_axes, out_axes, batch_axis=0)
+        return {"kernel": xavier(next(keys), (depth, *inputs, *outputs)),
+                "bias": bias_init(next(keys), (depth, *outputs))}
 
     def norm(*shape):
         return {"scale": jnp.ones(shape), "bias": jnp.zeros(shape)}
 
-    split = (heads, d // heads)
-    small = init.normal(1e-6)
-    lecun = init.lecun_normal(in_axis=(0, 1, 2))
-    grid = image_size // patch
+    split, small, tokens = (heads, d // heads), init.normal(1e-6), 1 + (image_size // patch) ** 2
     return {
-        "embedding": {"kernel": lecun(next(keys), (patch, patch, 3, d)), "bias": jnp.zeros(d)},
+        "embedding": {
+            "kernel": init.lecun_normal((0, 1, 2))(next(keys), (patch, patch, 3, d)),
+            "bias": jnp.zeros(d),
+        },
         "cls": jnp.zeros((1, 1, d)),
         "Transformer": {
-            "posembed_input": {
-                "pos_embedding": init.normal(0.02)(next(keys), (1, 1 + grid * grid, d)),
-            },
+            "posembed_input": {"pos_embedding": init.normal(0.02)(next(keys), (1, tokens, d))},
             "encoderblock": {
                 "LayerNorm_0": norm(depth, d),
                 "MultiHeadDotProductAttention_1": {
@@ -266,29 +245,28 @@ def init_params(key, model, image_size, num_classes):
     }
 
 
-# ==================================================================================================
-# 2. Weights
-# ==================================================================================================
+# -------------------------------------------------------------------------------------- 2. Weights
 
-RELEASED = "https://storage.googleapis.com/vit_models/"
-AUGREG = {  # the recommended checkpoint of each model that only the AugReg paper released
-    "ViT-Ti_16": "Ti_16-i21k-300ep-lr_0.001-aug_none-wd_0.03-do_0.0-sd_0.0",
-    "ViT-S_16": "S_16-i21k-300ep-lr_0.001-aug_light1-wd_0.03-do_0.0-sd_0.0",
-    "ViT-S_32": "S_32-i21k-300ep-lr_0.001-aug_none-wd_0.1-do_0.0-sd_0.0",
-    "ViT-B_8": "B_8-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.0-sd_0.0",
+RELEASED = {model: f"imagenet21k/{model}" for model in (
+    "ViT-B_16", "ViT-B_32", "ViT-L_16", "ViT-L_32", "ViT-H_14")} | {  # below: AugReg's, 2106.10270
+    "ViT-Ti_16": "augreg/Ti_16-i21k-300ep-lr_0.001-aug_none-wd_0.03-do_0.0-sd_0.0",
+    "ViT-S_32": "augreg/S_32-i21k-300ep-lr_0.001-aug_none-wd_0.1-do_0.0-sd_0.0",
+    "ViT-S_16": "augreg/S_16-i21k-300ep-lr_0.001-aug_light1-wd_0.03-do_0.0-sd_0.0",
+    "ViT-B_8": "augreg/B_8-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.0-sd_0.0",
 }
+RELEASED_URL = "https://storage.googleapis.com/vit_models/{}.npz"
+OPTIONAL = ("pre_logits",)  # layers that a checkpoint may have or not
 
 
 class BadInput(ValueError):
-    """What the user can put right. The command line prints it as one line and exits with 2."""
+    """What the user can put right: the command line prints it as one line and exits with 2."""
 
 
 def flatten(tree, prefix=""):
     """{"a": {"b": x}} -> {"a/b": x}."""
     if not isinstance(tree, dict):
-        return {prefix: tree}
-    return {k: v for name, sub in tree.items()
-            for k, v in flatten(sub, f"{prefix}/{name}" if prefix else name).items()}
+        return {prefix[:-1]: tree}
+    return {k: v for name in tree for k, v in flatten(tree[name], f"{prefix}{name}/").items()}
 
 
 def unflatten(flat):
@@ -301,208 +279,141 @@ def unflatten(flat):
 
 
 def unstack(params):
-    """Nested parameters -> {released name: array}, the L stacked blocks taken apart."""
+    """Nested parameters -> {released name: array}: the stacked blocks become encoderblock_0, ..."""
     flat = {}
     for name, value in flatten(params).items():
         if "/encoderblock/" in name:
-            for i in range(value.shape[0]):
-                flat[name.replace("/encoderblock/", f"/encoderblock_{i}/")] = value[i]
+            flat |= {name.replace("block/", f"block_{i}/"): value[i] for i in range(len(value))}
         else:
             flat[name] = value
     return flat
 
 
-def released_names(flat):
-    """{name: array} as a file has it -> the same under the names of the released checkpoints."""
-    for prefix in ("opt/target/", "params/"):
-        if f"{prefix}cls" in flat:
-            flat = {k.removeprefix(prefix): v for k, v in flat.items() if k.startswith(prefix)}
-    for new, released in (("MultiHeadDotProductAttention_0", "MultiHeadDotProductAttention_1"),
-                          ("LayerNorm_1", "LayerNorm_2"), ("MlpBlock_0", "MlpBlock_3")):
-        flat = {k.replace(f"/{new}/", f"/{released}/"): v for k, v in flat.items()}
-    return {k: v for k, v in flat.items() if k != "class_names" and not k.startswith("train/")}
+def describe(flat):
+    """{released name: array} -> ((P, D, L, A, MLP width), image size in pixels, K), off the shapes.
 
-
-def expected_shapes(flat):
-    """{released name: array} -> {released name: shape} of the whole model that these belong to.
-
-    Raises KeyError or ValueError where its hyper-parameters cannot be read off.
+    KeyError or ValueError where it is no ViT.
     """
     block = "Transformer/encoderblock_0/"
     patch, _, _, width = flat["embedding/kernel"].shape
     _, heads, _ = flat[block + "MultiHeadDotProductAttention_1/query/kernel"].shape
     _, hidden = flat[block + "MlpBlock_3/Dense_0/kernel"].shape
     _, tokens, _ = flat["Transformer/posembed_input/pos_embedding"].shape
-    _, num_classes = flat["head/kernel"].shape
     depth = len({name.split("/")[1] for name in flat if "/encoderblock_" in name})
-    model, image_size = (patch, width, depth, heads, hidden), math.isqrt(tokens - 1) * patch
-    leaves = jax.eval_shape(  # only shapes: nothing is computed
-        lambda key: unstack(init_params(key, model, image_size, num_classes)), jax.random.key(0))
-    shapes = {name: leaf.shape for name, leaf in leaves.items()}
-    if "pre_logits/kernel" in flat:
-        shapes |= {"pre_logits/kernel": (width, width), "pre_logits/bias": (width,)}
-    return shapes
+    _, num_classes = flat["head/kernel"].shape
+    return (patch, width, depth, heads, hidden), math.isqrt(tokens - 1) * patch, num_classes
 
 
 def load_checkpoint(path):
-    """Reads a checkpoint as it is: nested dict of float32 NumPy arrays, ready for `forward`.
+    """Reads a checkpoint as it is: a nested dict of float32 NumPy arrays, ready for `forward`.
 
-    Takes the released .npz files and those of newer Flax code, which counts layers anew and puts
-    everything under opt/target/ or params/. Raises BadInput where the file is damaged, is no ViT,
+    Knows the names of the released files and those of newer Flax code, which counts layers anew
+    and puts everything under opt/target/ or params/. BadInput where the file is damaged, is no ViT,
     or has entries that are missing, unknown, misshapen or not finite.
     """
-    flat = released_names(read_npz(path))
+    flat = read_npz(path)
+    for prefix in ("opt/target/", "params/"):
+        if prefix + "cls" in flat:
+            flat = {k.removeprefix(prefix): v for k, v in flat.items() if k.startswith(prefix)}
+    for new, released in (("MultiHeadDotProductAttention_0", "MultiHeadDotProductAttention_1"),
+                          ("LayerNorm_1", "LayerNorm_2"), ("MlpBlock_0", "MlpBlock_3")):
+        flat = {k.replace(f"/{new}/", f"/{released}/"): v for k, v in flat.items()}
+    flat = {k: v for k, v in flat.items() if k != "class_names" and not k.startswith("train/")}
     try:
-        expected = expected_shapes(flat)
+        model, image_size, num_classes = describe(flat)
+        shapes = jax.eval_shape(  # what such a model consists of; nothing is computed
+            lambda key: unstack(init_params(key, model, image_size, num_classes)),
+            jax.random.key(0))
     except (KeyError, ValueError) as error:
-        raise BadInput(f"{path} is not a ViT checkpoint (looking for {error})") from None
+        raise BadInput(f"{path} is no ViT checkpoint ({type(error).__name__}: {error})") from None
+    expected = {name: array.shape for name, array in shapes.items()}
+    expected |= {"pre_logits/kernel": (model[1], model[1]), "pre_logits/bias": (model[1],)}
+    expected = {name: shape for name, shape in expected.items()
+                if name in flat or name.split("/")[0] not in OPTIONAL}
     wrong = []
     for name in sorted(expected | flat):
-        found = flat[name].shape if name in flat else "nothing"
-        if found != expected.get(name):
-            wrong.append(f"{name} should be {expected.get(name, 'absent')}, is {found}")
+        found, wanted = getattr(flat.get(name), "shape", "missing"), expected.get(name, "absent")
+        if found != wanted:
+            wrong.append(f"{name} is {found}, should be {wanted}")
         elif flat[name].dtype.kind != "f" or not np.isfinite(flat[name]).all():
-            wrong.append(f"{name} should be finite floats, is {flat[name].dtype} with others")
+            wrong.append(f"{name} holds NaN, infinity or no floats at all")
     if wrong:
         more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise BadInput(f"{path} does not hold a whole ViT: {'; '.join(wrong[:3])}{more}")
-    groups = {}  # the arrays of blocks 0, 1, ... under one name
+    params = {}
     for name in expected:
-        group = groups.setdefault(re.sub(r"encoderblock_\d+", "encoderblock", name), [])
-        group.append(flat[name].astype(np.float32, copy=False))
-    return unflatten({name: np.stack(group) if "encoderblock" in name else group[0]
-                      for name, group in groups.items()})
+        if "/encoderblock_0/" in name:
+            blocks = [flat[name.replace("block_0/", f"block_{i}/")] for i in range(model[2])]
+            params[name.replace("block_0/", "block/")] = np.stack(blocks).astype(np.float32)
+        elif "/encoderblock_" not in name:
+            params[name] = flat[name].astype(np.float32)
+    return unflatten(params)
 
 
 def resize_position_embeddings(embeddings, grid):
-    """Position embeddings [1, 1 + g*g, D] -> [1, 1 + grid*grid, D], for another image size.
+    """Position embeddings for another image size: [1, 1 + g*g, D] -> [1, 1 + grid*grid, D].
 
-    Bilinear between the g x g patches, corner patches kept where they are (paper, section 3.2; the
-    release does it with scipy.ndimage.zoom, order 1). The class token's row stays as it is.
+    Bilinear between the g x g patches, the corner ones staying in the corners (paper, section 3.2;
+    the release: scipy.ndimage.zoom with order 1). The class token's row stays as it is.
     """
-    cls, patches = embeddings[:, :1], embeddings[0, 1:]
+    patches = np.asarray(embeddings[0, 1:])  # [g*g, D]
     old = math.isqrt(len(patches))
-    at = np.linspace(0, old - 1, grid)  # the new rows (and columns), in units of the old ones
-    weights = np.maximum(0, 1 - abs(at[:, None] - np.arange(old)))  # [grid, g], rows sum to 1
-    patches = np.einsum("ia,jb,abd->ijd", weights, weights, patches.reshape(old, old, -1),
-                        optimize=True)
-    return np.concatenate([cls, patches.reshape(1, grid * grid, -1)], axis=1).astype(np.float32)
+    at = np.linspace(0, old - 1, grid)  # where the new rows (and columns) lie among the old ones
+    weights = np.maximum(0, 1 - abs(at[:, None] - np.arange(old)))  # [grid, g], each row sums to 1
+    patches = np.tensordot(weights, patches.reshape(old, old, -1), 1)  # [grid, g, D]
+    patches = np.einsum("jb,ibd->ijd", weights, patches).reshape(1, grid * grid, -1)
+    return np.concatenate([embeddings[:, :1], patches], axis=1).astype(np.float32)
 
 
 def at_image_size(params, image_size):
-    """The same parameters for image_size pixels: position embeddings resized where necessary."""
-    patch, embedded = model_of(params)[0], params["Transformer"]["posembed_input"]
+    """params for images of image_size pixels: same arrays, position embeddings resized.
+
+    BadInput where the patch size does not divide the image size.
+    """
+    patch, encoder = params["embedding"]["kernel"].shape[0], params["Transformer"]
     if image_size < patch or image_size % patch:
         raise BadInput(f"--image_size={image_size} is not a multiple of the patch size {patch}; "
                        f"{max(1, round(image_size / patch)) * patch} is")
-    embedded = resize_position_embeddings(embedded["pos_embedding"], image_size // patch)
-    encoder = params["Transformer"] | {"posembed_input": {"pos_embedding": embedded}}
-    return params | {"Transformer": encoder}
+    embeddings = resize_position_embeddings(
+        encoder["posembed_input"]["pos_embedding"], image_size // patch)
+    return params | {"Transformer": encoder | {"posembed_input": {"pos_embedding": embeddings}}}
 
 
 def load_pretrained(path, image_size, num_classes):
-    """Reads a checkpoint for fine-tuning (paper, section 3.2): nested dict of float32 arrays.
+    """Reads a checkpoint for fine-tuning, as `load_checkpoint`, and adapts it (paper, section 3.2).
 
     Position embeddings are resized to image_size pixels, pre_logits is dropped, and the head is
     replaced by zeros for num_classes. Raises BadInput as `load_checkpoint` and `at_image_size` do.
     """
     params = at_image_size(load_checkpoint(path), image_size)
     params.pop("pre_logits", None)
-    width = params["cls"].shape[2]
-    zeros = functools.partial(np.zeros, dtype=np.float32)
-    return params | {"head": {"kernel": zeros((width, num_classes)), "bias": zeros(num_classes)}}
+    kernel, bias = np.zeros((params["cls"].shape[2], num_classes)), np.zeros(num_classes)
+    return params | {"head": {"kernel": np.float32(kernel), "bias": np.float32(bias)}}
 
 
 def save_checkpoint(path, params, class_names=(), **train):
-    """Writes params in the released format (.npz, released names), whole or not at all.
+    """Writes params as .npz with the released names, whole or not at all; BadInput if it cannot.
 
-    class_names: K strings, kept as an entry of that name. train: further arrays, under train/.
-    Raises BadInput where the disk refuses; a file that was there before then stays.
+    class_names: K strings, kept as the entry class_names; train: more arrays, kept under train/.
     """
-    entries = {name: np.asarray(value) for name, value in unstack(params).items()}
+    entries = {name: np.asarray(array) for name, array in unstack(params).items()}
+    entries |= {f"train/{name}": array for name, array in train.items()}
     if len(class_names):
-        entries["class_names"] = np.array(class_names, dtype=str)
-    entries |= {f"train/{name}": value for name, value in train.items()}
-    with replacing(path) as file:
-        np.savez(file, **entries)
-
-
-def model_of(params):
-    """The numbers that `parse_model` gives, read off parameters: (P, D, L, A, MLP width)."""
-    block = params["Transformer"]["encoderblock"]
-    depth, width, heads, _ = block["MultiHeadDotProductAttention_1"]["query"]["kernel"].shape
-    hidden = block["MlpBlock_3"]["Dense_0"]["kernel"].shape[2]
-    return params["embedding"]["kernel"].shape[0], width, depth, heads, hidden
-
-
-def image_size_of(params):
-    """The image size in pixels that the position embeddings of params are for."""
-    tokens = params["Transformer"]["posembed_input"]["pos_embedding"].shape[1]
-    return math.isqrt(tokens - 1) * params["embedding"]["kernel"].shape[0]
-
-
-def released_url(model):
-    """The address of the released ImageNet-21k checkpoint of a model, "ViT-B_16" for example."""
-    if model in ("ViT-B_16", "ViT-B_32", "ViT-L_16", "ViT-L_32", "ViT-H_14"):
-        return f"{RELEASED}imagenet21k/{model}.npz"
-    if model in AUGREG:
-        return f"{RELEASED}augreg/{AUGREG[model]}.npz"
-    raise BadInput(f"no checkpoint of {model} was released; name a file with --pretrained=FILE, or "
-                   "train from scratch with --pretrained=none")
-
-
-# ==================================================================================================
-# 3. Images
-# ==================================================================================================
-#
-# A dataset is a dict of "classes", the K class names, and two splits, "train" and "test". A split
-# is (n, read), where read(i), 0 <= i < n, gives a Pillow image in RGB and its label, an int.
-
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # none of them runs a program
-
-
-def decode(file, name):
-    """A path, or a file object, of an encoded image -> Pillow image in RGB, upright.
-
-    Any size and mode: grey (16 bit too), palette, alpha (left out), CMYK. Raises BadInput with the
-    name where the image is unreadable, truncated, or so large that it may be an attack (Pillow's
-    limit, 179 million pixels).
-    """
+        entries["class_names"] = np.array(class_names, str)
     try:
-        with Image.open(file, formats=FORMATS) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # 16 bits a pixel; convert("RGB") would clip
-                image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-            return image.convert("RGBA" if "transparency" in image.info else "RGB").convert("RGB")
-    except Exception as error:  # a damaged file makes Pillow raise nearly anything
-        raise BadInput(f"cannot read the image {name}: {error}") from None
+        with replacing(path) as file:
+            np.savez(file, **entries)
+    except OSError as error:
+        raise BadInput(f"cannot write {path} ({error.strerror}); what was there stays") from None
 
 
-def draw_digit(index, seed):
-    """A digit in Pillow's built-in font: (32 x 32 RGB image, label = index modulo 10)."""
-    rng, label = np.random.default_rng([seed, index]), index % 10
-    ink, paper = int(rng.integers(160, 256)), int(rng.integers(0, 60))
-    image = Image.new("L", (32, 32), paper)
-    middle = tuple(16 + rng.integers(-3, 4, size=2))
-    ImageDraw.Draw(image).text(middle, str(label), ink, digit_font(rng.integers(22, 31)), "mm")
-    image = image.rotate(rng.uniform(-15, 15), Image.Resampling.BILINEAR, fillcolor=paper)
-    noisy = np.asarray(image) + rng.normal(0, 8, (32, 32))
-    return Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).convert("RGB"), label
+# --------------------------------------------------------------------------------------- 3. Images
+#
+# A dataset is a dict: "classes", the K class names, and two splits, "train" and "test". A split is
+# (n, read), and read(i), 0 <= i < n, gives a Pillow image in RGB and its label, an int.
 
-
-digit_font = functools.cache(ImageFont.load_default)
-
-
-def digits():
-    """8,000 digits to learn from and 1,000 to test, drawn when asked for; every time the same."""
-    return {
-        "train": (8000, functools.partial(draw_digit, seed=0)),
-        "test": (1000, functools.partial(draw_digit, seed=1)),
-        "classes": [str(label) for label in range(10)],
-    }
-
-
-CIFAR = {  # address and SHA-256 of the authors' binary archives; label bytes a record; class names
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # reading these runs no program
+CIFAR = {  # the authors' archives: address, SHA-256, label bytes in a record, list of class names
     "cifar10": ("https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
                 "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
                 1, "batches.meta.txt"),
@@ -512,140 +423,162 @@ CIFAR = {  # address and SHA-256 of the authors' binary archives; label bytes a 
 }
 
 
-def cifar(name, data_dir):
-    """CIFAR-10 or CIFAR-100: the first 98 % of the training images (as the release), all test ones.
+def decode(file, name):
+    """A path or file object -> Pillow image in RGB, upright, from any size and mode.
 
-    The archive is read in place, nothing is extracted. A record is 1 label byte (CIFAR-100: coarse,
-    then fine label) and 3 * 32 * 32 pixel bytes, the red plane first.
+    Alpha is left out. BadInput, with the name, where the image is unreadable, truncated or larger
+    than Pillow takes for safe (179 million pixels).
+    """
+    try:
+        with Image.open(file, formats=FORMATS) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):  # grey of 16 bits, which convert("RGB") would clip
+                image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+            return image.convert("RGBA" if "transparency" in image.info else "RGB").convert("RGB")
+    except Exception as error:  # a damaged file can make Pillow raise nearly anything
+        raise BadInput(f"cannot read the image {name} ({error})") from None
+
+
+@functools.cache
+def draw_digit(seed, i):
+    """Digit i modulo 10 in Pillow's built-in font, light on dark: (RGB image, 32 x 32; label)."""
+    rng, label = np.random.default_rng([seed, i]), i % 10
+    paper, ink = int(rng.integers(0, 60)), int(rng.integers(160, 256))
+    image = Image.new("L", (32, 32), paper)
+    font = ImageFont.load_default(int(rng.integers(22, 31)))
+    ImageDraw.Draw(image).text(tuple(rng.integers(13, 20, 2)), str(label), ink, font, anchor="mm")
+    image = image.rotate(rng.uniform(-15, 15), Image.Resampling.BILINEAR, fillcolor=paper)
+    pixels = (np.asarray(image) + rng.normal(0, 8, (32, 32))).clip(0, 255).astype(np.uint8)
+    return Image.fromarray(pixels).convert("RGB"), label
+
+
+def cifar(name, data_dir):
+    """CIFAR-10 or CIFAR-100 as a dataset: 98 % of the training images (the release), all test ones.
+
+    A record is the label byte (CIFAR-100: coarse label, fine label), then 32 x 32 pixels, the red
+    plane first. The archive is read in place, nothing is extracted. BadInput where it is damaged.
     """
     url, sha256, label_bytes, names_file = CIFAR[name]
-    path = fetch(url, Path(data_dir, "downloads"), sha256)
-    members = {}
+    path, files, dataset = fetch(url, data_dir / "downloads", sha256), {}, {}
     try:
         with tarfile.open(path) as archive:
             for member in archive:
-                if member.isfile() and member.name.endswith((".bin", ".txt")):
-                    members[Path(member.name).name] = archive.extractfile(member).read()
-        classes = members[names_file].decode().split()
-        splits = {}
-        for split, fraction in (("train", 0.98), ("test", 1.0)):
-            files = sorted(file for file in members if file.endswith(".bin")
-                           and ("test" in file) == (split == "test"))
-            records = np.frombuffer(b"".join(members[file] for file in files), np.uint8)
-            records = records.reshape(-1, label_bytes + 3 * 32 * 32)
-            records = records[: round(len(records) * fraction)]
-            images = records[:, label_bytes:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-            labels = records[:, label_bytes - 1].tolist()
-            splits[split] = (len(images), lambda i, images=images, labels=labels:
-                             (Image.fromarray(np.ascontiguousarray(images[i])), labels[i]))
-    except (tarfile.TarError, EOFError, OSError, zlib.error, KeyError, ValueError) as error:
+                if member.isfile():
+                    files[Path(member.name).name] = archive.extractfile(member).read()
+        dataset["classes"] = files[names_file].decode().split()
+        for split, share in (("train", 0.98), ("test", 1)):
+            parts = [files[file] for file in sorted(files) if file.endswith(".bin")
+                     and file.startswith("test") == (split == "test")]
+            records = np.frombuffer(b"".join(parts), np.uint8).reshape(-1, label_bytes + 3072)
+            records = records[: round(len(records) * share)]
+            labels = records[:, label_bytes - 1]
+            pixels = records[:, label_bytes:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+            dataset[split] = len(records), lambda i, pixels=pixels, labels=labels: (
+                Image.fromarray(np.ascontiguousarray(pixels[i])), int(labels[i]))
+    except Exception as error:  # damage shows in many ways: tar, gzip, a missing file, odd lengths
         raise BadInput(f"{path} is damaged ({error}); delete it to fetch it again") from None
-    return splits | {"classes": classes}
-
-
-def image_folder(path):
-    """A folder of {train,test}/CLASS/*.jpg (png, webp, ...; val will do for test) as a dataset.
-
-    A folder of CLASS/*.jpg is split 9 : 1, every time the same way. Raises BadInput where there is
-    no image, less than two classes, or a class in test that training lacks.
-    """
-    Image.init()
-    suffixes = {s for s, image_format in Image.registered_extensions().items()
-                if image_format in FORMATS}
-
-    def images(root):
-        """[(path, class name)] of all images in the class folders of root, sorted."""
-        return [(file, folder.name) for folder in sorted(Path(root).iterdir()) if folder.is_dir()
-                for file in sorted(folder.rglob("*")) if file.suffix.lower() in suffixes]
-
-    tests = [name for name in ("test", "val", "validation") if Path(path, name).is_dir()]
-    if Path(path, "train").is_dir() and tests:
-        train, test = images(Path(path, "train")), images(Path(path, tests[0]))
-    else:
-        files = images(path)
-        order = np.random.default_rng(0).permutation(len(files))
-        cut = math.ceil(len(files) * 0.9)
-        train, test = ([files[i] for i in part] for part in (order[:cut], order[cut:]))
-    if not train or not test:
-        raise BadInput(f"{path} holds no images for {'training' if not train else 'testing'}; "
-                       "wanted: {train,test}/CLASS/*.jpg (or png, webp, ...), or CLASS/*.jpg")
-    classes = sorted({name for _, name in train})
-    unknown = sorted({name for _, name in test} - set(classes))
-    if unknown or len(classes) < 2:
-        problem = f"test images of class {unknown[0]!r} but none" if unknown else "one class only"
-        raise BadInput(f"{path} has {problem} to train on ({', '.join(classes[:5])})")
-
-    def split(files):
-        return len(files), lambda i: (decode(files[i][0], files[i][0]), classes.index(files[i][1]))
-
-    return {"train": split(train), "test": split(test), "classes": classes}
-
-
-def tfds_dataset(name, data_dir, splits):
-    """Any TFDS image-classification dataset, read as ArrayRecord, without TensorFlow.
-
-    splits: for example ("train[:99%]", "validation"), or None to choose by what there is. Raises
-    BadInput where TFDS does not know the name, or the dataset is not prepared and cannot be.
-    """
-    import tensorflow_datasets as tfds  # here, since it takes as long to import as all the rest
-
-    try:
-        builder = tfds.builder(name, data_dir=data_dir)
-    except (ValueError, tfds.core.registered.DatasetNotFoundError):
-        known = [*PRESETS, *tfds.list_builders(with_community_datasets=False)]
-        near = difflib.get_close_matches(name.split("/")[0], known, n=3)
-        raise BadInput(f"{name!r} is no file, folder or TFDS dataset"
-                       + (f"; did you mean {' or '.join(near)}?" if near else "")) from None
-    ready = builder.info.splits and "array_record" in builder.info.file_format.value
-    if not ready:
-        make = (f"tfds.builder({name!r}, data_dir={str(data_dir)!r}, file_format='array_record')"
-                ".download_and_prepare()")
-        if importlib.util.find_spec("tensorflow") is None:
-            raise BadInput(f"{name} must be prepared once, for which TFDS needs TensorFlow: pip "
-                           "install tensorflow-cpu, then python -c \"import tensorflow_datasets as "
-                           f"tfds; {make}\"")
-        builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
-        builder.download_and_prepare()
-    if builder.info.supervised_keys is None or len(builder.info.supervised_keys) != 2:
-        raise BadInput(f"{name} is no image-classification dataset (TFDS lists no image and label)")
-    image_key, label_key = builder.info.supervised_keys
-    if not isinstance(builder.info.features[label_key], tfds.features.ClassLabel):
-        raise BadInput(f"{name} is no image-classification dataset: its {label_key!r} is no class")
-    there = builder.info.splits
-    tests = [split for split in ("test", "validation") if split in there]
-    splits = splits or (("train", tests[0]) if tests else ("train[:90%]", "train[90%:]"))
-    dataset = {"classes": builder.info.features[label_key].names}
-    for split, wanted in zip(("train", "test"), splits, strict=True):
-        source = builder.as_data_source(
-            split=wanted, decoders={image_key: tfds.decode.SkipDecoding()})
-
-        def read(i, source=source, wanted=wanted):
-            example = source[i]
-            image = decode(io.BytesIO(example[image_key]), f"{i} of {name}, split {wanted}")
-            return image, int(example[label_key])
-
-        dataset[split] = (len(source), read)
     return dataset
 
 
+def image_folder(path):
+    """A folder of {train,test}/CLASS/*.jpg (png, webp, ...; val for test) as a dataset.
+
+    CLASS/*.jpg without train and test is split 9 : 1, the same way every time. BadInput where there
+    are no images, less than two classes, or classes in test that training lacks.
+    """
+    suffixes = tuple(suffix for suffix, kind in Image.registered_extensions().items()
+                     if kind in FORMATS)
+
+    def find(root):  # [(file, class name)]
+        return [(file, folder.name) for folder in sorted(root.iterdir()) if folder.is_dir()
+                for file in sorted(folder.rglob("*")) if file.name.lower().endswith(suffixes)]
+
+    tests = [path / name for name in ("test", "val", "validation") if (path / name).is_dir()]
+    if tests and (path / "train").is_dir():
+        found = {"train": find(path / "train"), "test": find(tests[0])}
+    else:
+        files = find(path)
+        order, n = np.random.default_rng(0).permutation(len(files)), math.ceil(len(files) / 10)
+        found = {"train": [files[i] for i in order[n:]], "test": [files[i] for i in order[:n]]}
+    classes = sorted({name for _, name in found["train"]})
+    for split, files in found.items():
+        if not files:
+            raise BadInput(f"{path} holds no {split} images; wanted: {{train,test}}/CLASS/*.jpg or "
+                           "CLASS/*.jpg (or png, webp, ...)")
+    unknown = sorted({name for _, name in found["test"]} - set(classes))
+    if unknown:
+        raise BadInput(f"{path} has no training images of the test class {unknown[0]!r}")
+    if len(classes) < 2:
+        raise BadInput(f"{path} has images of one class only, {classes[0]!r}")
+    return {"classes": classes} | {
+        split: (len(files), lambda i, files=files: (
+            decode(files[i][0], files[i][0]), classes.index(files[i][1])))
+        for split, files in found.items()}
+
+
+def tfds_dataset(name, data_dir):
+    """A TFDS image-classification dataset, read as ArrayRecord, for which TensorFlow is not needed.
+
+    BadInput where TFDS does not know the name, or the dataset is not prepared and cannot be.
+    """
+    import tensorflow_datasets as tfds  # only here: to import it takes longer than JAX
+
+    def construct(**options):
+        return tfds.builder(name, data_dir=data_dir, **options)
+
+    try:
+        builder = construct()
+    except Exception as error:  # unknown names, configurations and versions raise differently
+        known = ["digits", *CIFAR, *tfds.list_builders(with_community_datasets=False)]
+        near = difflib.get_close_matches(name.split("/")[0], known)
+        hint = f"did you mean {' or '.join(near)}?" if near else str(error)[:99]
+        raise BadInput(f"{name} is no file, folder or TFDS dataset; {hint}") from None
+    if not builder.info.splits or builder.info.file_format.value != "array_record":
+        if not importlib.util.find_spec("tensorflow"):
+            raise BadInput(
+                f"{name} is not prepared as ArrayRecord in {data_dir}, for which TFDS needs "
+                "TensorFlow, once: pip install tensorflow; python -c 'import tensorflow_datasets "
+                f"as t; t.builder(\"{name}\", data_dir=\"{data_dir}\", file_format=\"array_record\""
+                ").download_and_prepare()'")
+        builder = construct(file_format="array_record")
+        builder.download_and_prepare()
+    features, keys = dict(builder.info.features.items()), builder.info.supervised_keys
+    image, label = keys if keys and len(keys) == 2 else ("image", "label")
+    if not isinstance(features.get(label), tfds.features.ClassLabel):
+        raise BadInput(f"{name} is no image-classification dataset: it has no class labels")
+    tests = [split for split in ("test", "validation") if split in builder.info.splits]
+    splits = ("train", tests[0]) if tests else ("train[:90%]", "train[90%:]")
+    dataset = {"classes": features[label].names}
+    for split, part in zip(("train", "test"), SPLITS.get(name, splits), strict=True):
+        source = builder.as_data_source(part, decoders={image: tfds.decode.SkipDecoding()})
+
+        def read(i, source=source, part=part):
+            example = source[i]
+            return decode(io.BytesIO(example[image]), f"{part}[{i}] of {name}"), example[label]
+
+        dataset[split] = len(source), read
+    return dataset
+
+
+SPLITS = {"imagenet2012": ("train[:99%]", "validation")}  # where the release has its own
+
+
 def load_data(name, data_dir):
-    """The dataset of a name or path from the command line."""
+    """DATA of the command line -> dataset."""
     if name == "digits":
-        return digits()
+        return {"classes": [*"0123456789"], "train": (8000, functools.partial(draw_digit, 0)),
+                "test": (1000, functools.partial(draw_digit, 1))}
     if name in CIFAR:
         return cifar(name, data_dir)
-    if Path(name).is_dir():
-        return image_folder(name)
-    return tfds_dataset(name, data_dir, PRESETS.get(name, {}).get("splits"))
+    return image_folder(Path(name)) if Path(name).is_dir() else tfds_dataset(name, data_dir)
 
 
 def inception_crop(rng, width, height):
-    """A random box (left, upper, right, lower) in pixels, as tf.image.sample_distorted_bounding_box.
-
-    Aspect ratio (width : height) uniform in [3/4, 4/3], then the height uniform between those where
-    the box has 5 % of the image's area and where it fills the image; the place is uniform.
+    """A random box (left, upper, right, lower) in pixels, drawn as by the release (TensorFlow's
+    sample_distorted_bounding_box): aspect ratio uniform in [3/4, 4/3], then the height uniform
+    between 5 % of the image's area and all that fits, then the place, all in whole pixels.
     """
-    aspect = rng.uniform(3 / 4, 4 / 3)
+    aspect = rng.uniform(3 / 4, 4 / 3)  # width : height
     largest = min(height, width / aspect)
     smallest = min(largest, math.sqrt(0.05 * width * height / aspect))
     h = max(1, round(rng.uniform(smallest, largest)))
@@ -654,69 +587,64 @@ def inception_crop(rng, width, height):
     return left, upper, left + w, upper + h
 
 
-def training_image(image, size, rng, augment="inception"):
-    """Random crop, resized, mirrored half of the time: Pillow RGB -> uint8 [size, size, 3]."""
-    if augment == "none":
-        return test_image(image, size)
-    box = inception_crop(rng, *image.size)
+def to_array(image, size, rng=None):
+    """Pillow image -> uint8 [size, size, 3], bilinear; with an rng a random crop, half of the time
+    mirrored. Pillow averages where it shrinks; where it enlarges it equals tf.image.resize.
+    """
+    box = inception_crop(rng, *image.size) if rng else None
     pixels = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box))
-    return pixels[:, ::-1] if rng.random() < 0.5 else pixels
+    return pixels[:, ::-1] if rng and rng.random() < 0.5 else pixels
 
 
-def test_image(image, size):
-    """The whole image resized to the square, bilinear: Pillow RGB -> uint8 [size, size, 3]."""
-    return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
-
-
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(2)
 def epoch_order(seed, epoch, n):
-    """The order in which an epoch goes through n examples: a permutation, int [n]."""
+    """In which order an epoch goes through n examples: a permutation, int [n]."""
     return np.random.default_rng([seed, 0, epoch]).permutation(n)
 
 
 def training_example(split, size, augment, seed, index):
-    """The index-th example since the first step: (uint8 [size, size, 3], label).
+    """Example number index since step 0: (uint8 [size, size, 3], label).
 
-    A pure function of its arguments (index = step * batch size + position in the batch): a resumed
-    run, or one on other devices, sees what any other would.
+    A pure function of its arguments, index being step * batch size + place in the batch, so that a
+    resumed run, or one on other devices, sees what any other would have seen.
     """
     n, read = split
     epoch, place = divmod(index, n)
     image, label = read(int(epoch_order(seed, epoch, n)[place]))
-    return training_image(image, size, np.random.default_rng([seed, 1, index]), augment), label
+    rng = np.random.default_rng([seed, 1, index])
+    return to_array(image, size, rng if augment == "inception" else None), label
 
 
 def test_example(split, size, index):
-    """Test image number index; past the end a black one with label -1, which no guess can hit."""
+    """Test image number index; past the end a black one of label -1, which no guess can hit."""
     n, read = split
-    if index >= n:
-        return np.zeros((size, size, 3), np.uint8), -1
-    image, label = read(index)
-    return test_image(image, size), label
+    image, label = read(index) if index < n else (Image.new("RGB", (size, size)), -1)
+    return to_array(image, size), label
 
 
 def batches(example, indices, size, ahead=3):
-    """For each array of indices [...] yields images, uint8 [..., size, size, 3], and labels [...].
+    """For each int array [...] of indices yields uint8 [..., size, size, 3] and int32 labels [...].
 
-    example(index) -> (image, label). A pool of threads works `ahead` batches before the device
-    (Pillow lets threads run in parallel); what a thread raises is raised here.
+    example(index) -> (image, label) runs in a pool of threads (Pillow lets them run in parallel),
+    `ahead` batches before they are wanted. What it raises is raised here.
     """
     threads = min(32, os.cpu_count() or 1)
 
     def fill(images, labels, indices):
-        for i, index in enumerate(indices):
-            images[i], labels[i] = example(int(index))
+        for i, index in enumerate(indices.tolist()):
+            images[i], labels[i] = example(index)
 
     def submit(indices):
-        images = np.empty((indices.size, size, size, 3), np.uint8)
-        labels = np.empty(indices.size, np.int32)
-        parts = zip(*(np.array_split(x, threads) for x in (images, labels, indices.ravel())))
-        return images, labels, indices.shape, [pool.submit(fill, *part) for part in parts]
+        images = np.empty((*indices.shape, size, size, 3), np.uint8)
+        labels = np.empty(indices.shape, np.int32)
+        flat = images.reshape(-1, size, size, 3), labels.reshape(-1), indices.reshape(-1)
+        return images, labels, [pool.submit(fill, *(array[i::threads] for array in flat))
+                                for i in range(threads)]
 
-    def finish(images, labels, shape, futures):
-        for future in futures:
-            future.result()
-        return images.reshape(*shape, size, size, 3), labels.reshape(shape)
+    def finish(images, labels, parts):
+        for part in parts:
+            part.result()
+        return images, labels
 
     pool, waiting = ThreadPoolExecutor(threads), collections.deque()
     try:
@@ -730,34 +658,28 @@ def batches(example, indices, size, ahead=3):
         pool.shutdown(cancel_futures=True)
 
 
-# ==================================================================================================
-# 4. Learning
-# ==================================================================================================
+# ------------------------------------------------------------------------------------- 4. Learning
 
 
 def to_pixels(images, dtype=jnp.float32):
-    """uint8 [...] -> [-1, 1] in dtype, as the released models want it."""
+    """uint8 [...] -> [-1, 1], which the released models want."""
     return ((images.astype(jnp.float32) - 127.5) / 127.5).astype(dtype)
 
 
 def cross_entropy(logits, targets):
-    """Mean over the batch of -sum(targets * log softmax(logits)): [B, K], [B, K] -> []."""
+    """Mean of -sum(targets * log softmax(logits)): [B, K] logits, [B, K] probabilities -> []."""
     return -(targets * jax.nn.log_softmax(logits)).sum(axis=-1).mean()
 
 
 def mixup(images, targets, weight):
-    """Blends each image and its target with those of the batch reversed (arXiv 1710.09412).
-
-    images [B, ...], targets [B, K], weight of the first [] in [0, 1] -> the same shapes.
-    """
+    """Blends a batch with itself reversed, weight [] : 1 - weight, images [B, ...] and targets
+    [B, K] alike (arXiv 1710.09412; the release draws one weight for a batch)."""
     return tuple(weight * x + (1 - weight) * x[::-1] for x in (images, targets))
 
 
 def learning_rate(step, base_lr, total_steps, warmup_steps, decay_type="cosine"):
-    """Linear warm-up from 0, then cosine to 0 or linear to 1e-5 (released recipe): int -> float32.
-
-    The first update uses step 0. step may be an array.
-    """
+    """The rate of the update after `step` updates, int (array) -> float32: a linear warm-up from 0,
+    then cosine to 0, or linear to 1e-5, as in the release."""
     progress = jnp.clip((step - warmup_steps) / (total_steps - warmup_steps), 0, 1)
     if decay_type == "cosine":
         rate = base_lr * (1 + jnp.cos(jnp.pi * progress)) / 2
@@ -767,211 +689,214 @@ def learning_rate(step, base_lr, total_steps, warmup_steps, decay_type="cosine")
 
 
 def clip_by_global_norm(grads, max_norm):
-    """Scales all gradients so that their common L2 norm is at most max_norm -> (grads, norm)."""
+    """Scales all gradients alike so that their common L2 norm is at most max_norm: grads, norm."""
     norm = jnp.sqrt(sum(jnp.vdot(g, g) for g in jax.tree.leaves(grads)))
-    scale = jnp.minimum(1, max_norm / norm)
-    return jax.tree.map(lambda g: g * scale, grads), norm
+    return jax.tree.map(lambda g: g * jnp.minimum(1, max_norm / norm), grads), norm
 
 
 def sgd_init(params, dtype=jnp.bfloat16):
-    """Momentum zero for every parameter, same shapes. The release keeps it in bfloat16."""
+    """Zero momentum for each parameter, of the same shape; the release keeps it in bfloat16."""
     return jax.tree.map(lambda p: jnp.zeros(p.shape, dtype), params)
 
 
 def sgd_update(params, momentum, grads, learning_rate, decay=0.9):
-    """One step of SGD with momentum, not Nesterov, no weight decay -> (params, momentum).
+    """SGD with momentum, not Nesterov, without weight decay: new params and momentum.
 
-    The old momentum decays in its own dtype; the sum and the update are float32.
+    decay * momentum is rounded to momentum's dtype; the sum and the update are float32.
     """
-    new = jax.tree.map(lambda m, g: decay * m + g, momentum, grads)
-    params = jax.tree.map(lambda p, m: p - learning_rate * m, params, new)
-    return params, jax.tree.map(lambda m, n: n.astype(m.dtype), momentum, new)
+    total = jax.tree.map(lambda m, g: decay * m + g, momentum, grads)
+    params = jax.tree.map(lambda p, m: p - learning_rate * m, params, total)
+    return params, jax.tree.map(lambda old, m: m.astype(old.dtype), momentum, total)
 
 
-def train_step(state, images, labels, stop, *, seed, base_lr, total_steps, warmup_steps, decay_type,
-               grad_norm_clip, dropout, mixup_alpha, dtype, remat):
-    """One update, as each device runs it on its share of the batch, inside of `jax.pmap`.
+def train_step(state, images, labels, stop=0.0, *, base_lr=0.03, total_steps=10_000,
+               warmup_steps=500, decay_type="cosine", grad_norm_clip=1.0, dropout=0.0,
+               mixup_alpha=0.0, seed=0, dtype="float32", remat=False):
+    """One update as each device runs it on its share of the batch, in pmap over "devices".
 
-    state: params, momentum (alike on all devices) and step, int32. images: uint8 [accum_steps, B,
-    H, W, 3], labels: int32 [accum_steps, B], stop: float32, above 0 where a host wants to stop.
-    Returns the new state and (mean loss, gradient norm, stop over all hosts).
+    state: dict of params, momentum and step (int32 []), the same on all devices. images: uint8
+    [accum_steps, B, H, W, 3], labels: int32 [accum_steps, B]; stop: see `train`. Gives the new
+    state and the means over all devices of loss, gradient norm and stop.
 
-    pmap compiles the function once and runs it on all devices, each with its own slice of the
-    arguments' first axis; `lax.pmean` over its axis, "devices", is the one moment at which numbers
-    cross from device to device: it averages the gradients (and what else is to be the same).
+    pmap compiles a function once and runs it on all devices at the same time, each with its own
+    slice of the first axis of every argument. Numbers cross between devices at one point only,
+    `pmean`: it replaces the gradients (and loss and stop) by their mean over the devices.
     """
-    params, step = state["params"], state["step"]
-    key = jax.random.fold_in(jax.random.key(seed), step)
-    device, accum_steps = jax.lax.axis_index("devices"), images.shape[0]
-    num_classes = params["head"]["bias"].shape[0]
+    params, key = state["params"], jax.random.fold_in(jax.random.key(seed), state["step"])
+    accum_steps, num_classes = len(images), params["head"]["bias"].size
+    first = jax.lax.axis_index("devices") * accum_steps
 
-    def loss(params, images, labels, key):
+    def loss(params, images, labels, i):
         images, targets = to_pixels(images), jax.nn.one_hot(labels, num_classes)
-        if mixup_alpha:  # one weight a batch, the same on all devices: its key knows only the step
-            weight = jax.random.beta(jax.random.fold_in(key[0], 0), mixup_alpha, mixup_alpha)
+        if mixup_alpha:  # from the key of the step: the same weight everywhere
+            weight = jax.random.beta(jax.random.fold_in(key, 0), mixup_alpha, mixup_alpha)
             images, targets = mixup(images, targets, weight)
-        logits = forward(params, images.astype(dtype), key[1] if dropout else None, dropout, remat)
+        dropout_key = jax.random.fold_in(key, 1 + first + i) if dropout else None
+        logits = forward(params, images.astype(dtype), dropout_key, dropout, remat)
         return cross_entropy(logits, targets)
 
     def accumulate(total, micro_batch):
-        images, labels, i = micro_batch
-        keys = key, jax.random.fold_in(key, 1 + device * accum_steps + i)
-        return jax.tree.map(jnp.add, total, jax.value_and_grad(loss)(params, images, labels, keys)
-                            ), None
+        return jax.tree.map(jnp.add, total, jax.value_and_grad(loss)(params, *micro_batch)), None
 
-    total = 0.0, jax.tree.map(jnp.zeros_like, params)
-    total, _ = jax.lax.scan(accumulate, total, (images, labels, jnp.arange(accum_steps)))
+    zeros = 0.0, jax.tree.map(jnp.zeros_like, params)
+    total, _ = jax.lax.scan(accumulate, zeros, (images, labels, jnp.arange(accum_steps)))
     value, grads = jax.tree.map(lambda x: x / accum_steps, total)
     value, grads, stop = jax.lax.pmean((value, grads, stop), "devices")
     grads, norm = clip_by_global_norm(grads, grad_norm_clip)
-    rate = learning_rate(step, base_lr, total_steps, warmup_steps, decay_type)
+    rate = learning_rate(state["step"], base_lr, total_steps, warmup_steps, decay_type)
     params, momentum = sgd_update(params, state["momentum"], grads, rate)
-    return {"params": params, "momentum": momentum, "step": step + 1}, (value, norm, stop)
+    state = {"params": params, "momentum": momentum, "step": state["step"] + 1}
+    return state, (value, norm, stop)
 
 
-def eval_step(params, images, labels, correct, *, dtype):
-    """correct [] plus how many of uint8 images [B, H, W, 3] get their label [B], on all devices."""
+@functools.partial(jax.pmap, axis_name="devices", static_broadcasted_argnums=4)
+def eval_step(params, images, labels, correct, dtype):
+    """correct [] plus the number of uint8 images [B, H, W, 3] that get their label [B], on all
+    devices together. (pmapped: each argument has an axis of devices in front, but dtype.)"""
     guesses = forward(params, to_pixels(images, dtype)).argmax(axis=-1)
     return correct + jax.lax.psum((guesses == labels).sum(), "devices")
 
 
-# ==================================================================================================
-# 5. Safety: files that are whole or not there (skip it at first reading)
-# ==================================================================================================
+# ---------------------------------------------------------------------------------------- 5. Files
+#
+# What makes a run safe to kill, to resume and to feed with damaged files. To follow how a Vision
+# Transformer learns, go on with part 6.
 
 
 @contextlib.contextmanager
 def replacing(path):
-    """A file to write to that takes the place of path in one instant, when complete and on disk."""
-    path = Path(path)
+    """A binary file that takes the place of path at the end, at once, or leaves no trace."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(file.fileno())  # on the disk before it gets its name
         os.replace(partial, path)
-    except OSError as error:
-        raise BadInput(f"cannot write {path}: {error.strerror or error}") from None
     finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
 def read_npz(path):
-    """{name: array} of an .npz file, each array against its checksum; nothing is unpickled."""
+    """{name: array} of an .npz file, each checked against its CRC-32; nothing is unpickled."""
     try:
         with zipfile.ZipFile(path) as archive:
-            names = [name for name in archive.namelist() if name.endswith(".npy")]
-            flat = {name[:-4]: np.load(io.BytesIO(archive.read(name)), allow_pickle=False)
-                    for name in names}
+            flat = {name.removesuffix(".npy"): np.load(io.BytesIO(archive.read(name)))
+                    for name in archive.namelist()}
     except FileNotFoundError:
-        raise BadInput(f"no such file: {path}") from None
-    except Exception as error:  # damage shows in many ways: zipfile, zlib, struct, NumPy's header
-        raise BadInput(f"{path} is no .npz file of arrays, or damaged ({error})") from None
-    if not flat or not all(array.size for array in flat.values()):
-        raise BadInput(f"{path} holds no arrays, or empty ones")
+        raise BadInput(f"there is no file {path}") from None
+    except Exception as error:  # damage shows in many ways: zip, zlib, struct, NumPy's header
+        raise BadInput(f"{path} is damaged, or no .npz of plain arrays ({error})") from None
+    empty = [name for name, array in flat.items() if not getattr(array, "size", 0)]
+    if empty or not flat:
+        raise BadInput(f"{path} holds nothing{' in ' + empty[0] if empty else ''}")
     return flat
 
 
 def fetch(url, folder, sha256=None):
-    """Downloads url into folder unless it is there already -> path.
+    """The path of a file in folder, downloaded from url if it is not there yet.
 
-    The file gets its name when it is complete and, with sha256, verified. Raises BadInput.
+    It gets its name when complete, with the SHA-256 wanted if there is one. Raises BadInput.
     """
-    path = Path(folder).expanduser() / url.rsplit("/", 1)[-1]
+    path = folder / url.rsplit("/", 1)[-1]
     if path.exists():
         return path
-    by_hand = f"to go on without network, put the file at {path}"
     digest, done, shown = hashlib.sha256(), 0, 0
     try:
-        with urllib.request.urlopen(url, timeout=60) as response, replacing(path) as file:
-            total = int(response.headers.get("Content-Length", 0))
+        with replacing(path) as file, urllib.request.urlopen(url, timeout=60) as response:
+            size = int(response.headers.get("Content-Length", 0))
             while block := response.read(1 << 20):
                 file.write(block)
                 digest.update(block)
                 done += len(block)
-                if done - shown > total / 20:
+                if done - shown > size / 20:
+                    say(f"fetching {url}: {done >> 20} of {size >> 20} MiB", update=True)
                     shown = done
-                    say(f"fetching {url}: {done >> 20} of {total >> 20} MiB", update=True)
-            if total and done != total:
-                raise BadInput(f"{url} broke off after {done} of {total} bytes; try again, or {by_hand}")
+            file.flush()
+            if done < size or (path.suffix == ".npz" and not zipfile.is_zipfile(file.name)):
+                raise OSError(f"cut short after {done} of {size} bytes")
             if sha256 not in (None, digest.hexdigest()):
-                raise BadInput(f"{url} has the wrong SHA-256 {digest.hexdigest()}, not {sha256}")
-    except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
-        raise BadInput(f"cannot fetch {url} ({error}); {by_hand}") from None
+                raise OSError(f"SHA-256 is {digest.hexdigest()}, should be {sha256}")
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise BadInput(f"cannot fetch {url} ({error}); try again, or put the file at {path} by hand"
+                       ) from None
     say(f"fetched {path}")
     return path
 
 
 def save_state(path, state, config, class_names):
-    """Writes a training state (on one device, or NumPy) with all that `load_state` wants."""
-    momentum = {f"momentum/{name}": np.asarray(value)
-                for name, value in flatten(state["momentum"]).items()}
-    # NumPy's file format does not know bfloat16: two bytes are two bytes
-    momentum = {name: value.view(np.uint16) if value.dtype == jnp.bfloat16 else value
-                for name, value in momentum.items()}
+    """Writes a checkpoint that also holds what `load_state` needs to go on: momentum, step, config.
+
+    NumPy's format knows no bfloat16: such arrays are kept as their bytes, in uint16.
+    """
+    momentum = {f"momentum/{name}": array.view(np.uint16) if array.dtype == jnp.bfloat16 else array
+                for name, array in flatten(state["momentum"]).items()}
     save_checkpoint(path, state["params"], class_names, step=state["step"],
                     config=json.dumps(config), **momentum)
 
 
 def load_state(path, config):
-    """The training state in a file of `save_state`. Raises BadInput where its run was another."""
+    """The state that `save_state` wrote; BadInput where config says that it is of another run."""
     flat = read_npz(path)
     if "train/config" not in flat:
-        raise BadInput(f"{path} is not of a training run; choose another --logdir")
+        raise BadInput(f"{path} is not of a run that could go on; choose another --logdir")
     theirs = json.loads(str(flat["train/config"]))
-    for name in config:
-        if config[name] != theirs.get(name):
-            raise BadInput(f"{path} belongs to a run with --{name}={theirs.get(name)}, not "
-                           f"{config[name]}; choose another --logdir, or the same options")
-    params = load_checkpoint(path)
-    momentum = {name: flat[f"train/momentum/{name}"] for name in flatten(sgd_init(params))}
-    momentum = {name: value.view(jnp.bfloat16) if value.dtype == np.uint16 else value
-                for name, value in momentum.items()}
-    return {"params": params, "momentum": unflatten(momentum), "step": flat["train/step"]}
+    for name, ours in config.items():
+        if ours != theirs.get(name):
+            raise BadInput(f"{path} is of a run with --{name}={theirs.get(name)}, now it is {ours}"
+                           "; choose another --logdir")
+    prefix = "train/momentum/"
+    momentum = {name.removeprefix(prefix): array.view(jnp.bfloat16) if array.dtype == np.uint16
+                else array for name, array in flat.items() if name.startswith(prefix)}
+    return {"params": load_checkpoint(path), "momentum": unflatten(momentum),
+            "step": flat["train/step"]}
 
 
 def say(text, update=False):
-    """Prints a line, on the first host only. On a terminal the next line overwrites an update."""
+    """Prints a line, on the first host only; on a terminal the next one overwrites an update."""
     if jax.process_index() == 0:
         terminal = sys.stdout.isatty()
-        print(("\r\x1b[K" if terminal else "") + text, end="" if update and terminal else "\n",
-              flush=True)
+        print("\r\x1b[K" * terminal + text, end="" if update and terminal else "\n", flush=True)
 
 
-@contextlib.contextmanager
-def catching_signals():
-    """Within, Ctrl-C and SIGTERM only append to the list that this gives; a second one kills."""
-    caught = []
+def metrics_writer(logdir, start):
+    """A function that adds a row, a dict, to metrics.csv, and to TensorBoard's events if
+    tensorboardX is installed. Rows after step start, of a run that was killed, are dropped."""
+    if jax.process_index():
+        return lambda row: None
+    path, columns = logdir / "metrics.csv", (
+        "step", "loss", "learning_rate", "images_per_second", "test_accuracy")
+    lines = path.read_text().splitlines()[1:] if path.exists() else []
+    lines = [line for line in lines if int(line.split(",")[0]) <= start]
+    logdir.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join([",".join(columns), *lines, ""]))
+    board = None
+    if importlib.util.find_spec("tensorboardX"):
+        import tensorboardX
+        board = tensorboardX.SummaryWriter(str(logdir))
 
-    def handler(number, _):
-        caught.append(number)
-        signal.signal(number, signal.SIG_DFL)
+    def write(row):
+        with open(path, "a") as file:
+            print(*(row.get(column, "") for column in columns), sep=",", file=file)
+        for column in row if board else ():
+            board.add_scalar(column, row[column], row["step"])
 
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for number, action in before.items():
-            signal.signal(number, action)
+    return write
 
 
-# ==================================================================================================
-# 6. Training
-# ==================================================================================================
+# ------------------------------------------------------------------------------------- 6. Training
 
-PEAK_FLOPS = {  # dense bfloat16 products a second, by a part of JAX's name for the device
+PEAK_FLOPS = {  # dense bfloat16 products a second, by what JAX's name of the device contains
     "H100": 989e12, "H200": 989e12, "A100": 312e12, "V100": 125e12, "L4": 121e12,
     "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5p": 459e12, "TPU v6 lite": 918e12,
 }
 
 
 def forward_flops(params):
-    """Floating-point operations of the matrix products of `forward` for one image: int."""
-    tokens = params["Transformer"]["posembed_input"]["pos_embedding"].shape[1]
-    _, width, depth, _, _ = model_of(params)
+    """Floating-point operations in the matrix products of `forward`, for one image."""
+    (patch, width, depth, _, _), image_size, _ = describe(unstack(params))
+    tokens = 1 + (image_size // patch) ** 2
     kernels = sum(array.size for name, array in flatten(params["Transformer"]).items()
                   if name.endswith("kernel"))
     patches = (tokens - 1) * params["embedding"]["kernel"].size
@@ -979,30 +904,29 @@ def forward_flops(params):
 
 
 def replicate(tree):
-    """Copies the arrays to each device of this host: shapes [...] -> [local devices, ...]."""
+    """Copies arrays [...] to each device of this host: [local devices, ...]."""
     copy = jax.pmap(lambda _, tree: tree, in_axes=(0, None))
     return copy(np.arange(jax.local_device_count()), tree)
 
 
 def unreplicate(tree):
-    """What `replicate` was given, as NumPy arrays, from this host's first device."""
+    """The copy on this host's first device, as NumPy arrays: the inverse of `replicate`."""
     return jax.tree.map(lambda x: np.asarray(x.addressable_data(0))[0], tree)
 
 
-def positions(batch_size, accum_steps, mirrored=False):
-    """Which place of a batch goes where: int [local devices, accum_steps, B], for this host.
+def shares(batch_size, accum_steps=1, mirrored=False):
+    """Which places of a batch are this host's: int [local devices, accum_steps, B].
 
-    mirrored: places i and batch_size - 1 - i mirror each other in one of these B, so that
-    reversing the B images, as `mixup` does, is the same as reversing the batch.
+    mirrored: each B places hold i and batch_size - 1 - i at mirrored positions, so that reversing
+    them, as `mixup` does, is the same as reversing the batch. BadInput where it does not divide.
     """
     shape = jax.process_count(), jax.local_device_count(), accum_steps
-    parts = math.prod(shape)
-    unit = parts * (2 if mirrored else 1)
+    parts, unit = math.prod(shape), math.prod(shape) * (2 if mirrored else 1)
     if batch_size % unit:
         raise BadInput(
             f"--batch_size={batch_size} does not divide by {parts // accum_steps} devices x "
             f"--accum_steps={accum_steps}{' x 2, for mixup' if mirrored else ''}; "
-            f"{-(-batch_size // unit) * unit} does")
+            f"{-(-batch_size // unit) * unit} would")
     places = np.arange(batch_size).reshape(parts, -1)
     if mirrored:
         front, back = places.reshape(2, parts, -1)
@@ -1010,285 +934,248 @@ def positions(batch_size, accum_steps, mirrored=False):
     return places.reshape(*shape, -1)[jax.process_index()]
 
 
-def evaluate(step, params, split, size, batch_size, caught=()):
-    """The share of a split that is classified correctly, each image counted once: float.
+def evaluate(params, split, size, batch_size, dtype="float32", caught=()):
+    """The share of the images of a split that get their label, each counted once: a float.
 
-    step: the pmapped `eval_step`; params: replicated. None if a signal was caught meanwhile.
+    params: replicated. None where a signal was caught meanwhile.
     """
-    n, shown = split[0], time.time()
-    places = positions(batch_size, 1)[:, 0]
-    indices = (first + places for first in range(0, n, batch_size))
-    correct = replicate(np.int32(0))
+    n, shown, correct = split[0], time.time(), replicate(np.int32(0))
+    batch_size = -(-batch_size // jax.device_count()) * jax.device_count()
+    indices = (first + shares(batch_size)[:, 0] for first in range(0, n, batch_size))
     example = functools.partial(test_example, split, size)
     for i, (images, labels) in enumerate(batches(example, indices, size)):
-        before, correct = correct, step(params, images, labels, correct)
-        before.block_until_ready()  # at most one batch waits on the device
+        before, correct = correct, eval_step(params, images, labels, correct, dtype)
+        before.block_until_ready()  # so that no more than one batch waits on the device
         if caught and jax.process_count() == 1:
             return None
         if time.time() - shown > 5:
-            shown = time.time()
             say(f"evaluating: {i * batch_size} of {n} images", update=True)
-    return int(unreplicate(correct)) / n
+            shown = time.time()
+    accuracy = int(unreplicate(correct)) / n
+    say(f"test accuracy {accuracy:.2%} of {n} images")
+    return accuracy
+
+
+def initial_params(options, num_classes):
+    """The parameters to start from: random, or out of the checkpoint that --pretrained names."""
+    size = options["image_size"]
+    if options["pretrained"] == "none":
+        try:
+            key = jax.random.key(options["seed"])
+            return jax.device_get(init_params(key, options["model"], size, num_classes))
+        except ValueError as error:
+            raise BadInput(error) from None
+    params = load_pretrained(checkpoint_path(options), size, num_classes)
+    model = describe(unstack(params))[0]
+    if "model" in options["given"] and model != parse_model(options["model"]):
+        raise BadInput(f"{options['pretrained']} is of another architecture, (patch, width, depth, "
+                       f"heads, MLP width) = {model}, than --model={options['model']}")
+    return params
 
 
 def train(options, data):
-    """Fine-tunes or trains as options (a dict, see FLAGS) say -> exit status, 0 or 128 + signal.
+    """Trains on data, a dataset, as options say (a dict, see FLAGS): exit status 0, 128 + signal.
 
-    Everything lands in options["logdir"]: checkpoint.npz, metrics.csv, first_batch.png.
+    Writes checkpoint.npz, metrics.csv and first_batch.png to options["logdir"].
     """
-    logdir, total, size = Path(options["logdir"]), options["total_steps"], options["image_size"]
-    batch_size, accum_steps = options["batch_size"], options["accum_steps"]
-    places = positions(batch_size, accum_steps, mirrored=options["mixup_alpha"] > 0)
-    path, config = logdir / "checkpoint.npz", {name: options[name] for name in IDENTITY}
+    total_steps, batch_size, size = (
+        options[name] for name in ("total_steps", "batch_size", "image_size"))
+    logdir, config = Path(options["logdir"]), {name: options[name] for name in IDENTITY}
+    path, hyper = logdir / "checkpoint.npz", {n: options[n] for n in train_step.__kwdefaults__}
+    places = shares(batch_size, options["accum_steps"], mirrored=options["mixup_alpha"] > 0)
     if path.exists():
         state = load_state(path, config)
     else:
         params = initial_params(options, len(data["classes"]))
         state = {"params": params, "momentum": sgd_init(params), "step": np.int32(0)}
-    start, flops = int(state["step"]), 3 * forward_flops(state["params"])
-    peak = sum(peak for name, peak in PEAK_FLOPS.items() if name in jax.devices()[0].device_kind)
-    hyper = {name: options[name] for name in (
-        "seed", "base_lr", "total_steps", "warmup_steps", "decay_type", "grad_norm_clip", "dropout",
-        "mixup_alpha", "dtype", "remat")}
-    # donate: the old state's memory is used for the new one, instead of keeping both
-    step_fn = jax.pmap(functools.partial(train_step, **hyper), "devices", donate_argnums=0)
-    eval_fn = jax.pmap(functools.partial(eval_step, dtype=options["dtype"]), "devices")
-    state = replicate(state)
-    save = functools.partial(save_state, path, config=config, class_names=data["classes"])
-    write_metrics = metrics_writer(logdir, start)
+    step = start = int(state["step"])
+    flops, devices = 3 * forward_flops(state["params"]), jax.devices()
+    peak = sum(v for k, v in PEAK_FLOPS.items() if k in devices[0].device_kind) * len(devices)
+    # Donated arguments give their memory to the results: no second copy of the state is needed.
+    update = jax.pmap(functools.partial(train_step, **hyper), "devices", donate_argnums=0)
+    state, caught = replicate(state), []
 
-    def test(caught=()):
-        accuracy = evaluate(eval_fn, state["params"], data["test"], size, batch_size // accum_steps,
-                            caught)
-        if accuracy is not None:
-            say(f"test accuracy {accuracy:.2%} of {data['test'][0]} images, after {step} steps")
-        return accuracy
+    def save():
+        if jax.process_index() == 0:
+            save_state(path, unreplicate(state), config, data["classes"])
 
-    step, pending, accuracy = start, collections.deque(), None
-    if start == total:
-        say(f"{path} is finished, all {total} steps; evaluating only")
+    def test():
+        return evaluate(state["params"], data["test"], size, batch_size // options["accum_steps"],
+                        options["dtype"], caught)
+
+    def catch(number, _):  # Ctrl-C or SIGTERM: finish the step; the second one kills
+        caught.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    if start == total_steps:
+        say(f"{path}: all {total_steps} steps are done; evaluating")
         test()
         return 0
-    say(f"{len(jax.devices())} x {jax.devices()[0].device_kind}, {data['train'][0]} training images"
-        + f", going on from step {start} of {path}" * (start > 0))
+    say(f"{data['train'][0]} training images, {len(devices)} x {devices[0].device_kind}"
+        + (f", going on after step {start} of {path}" if start else ""))
+    record = metrics_writer(logdir, start)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, catch)
     example = functools.partial(
         training_example, data["train"], size, options["augment"], options["seed"])
-    indices = (step * batch_size + places for step in range(start, total))
-    clock, clock_step = time.time(), start
-    with catching_signals() as caught:
-        for step, (images, labels) in enumerate(batches(example, indices, size), start + 1):
-            if step == 1:
-                save_grid(logdir / "first_batch.png", images)
-            stop = np.full(len(images), bool(caught), np.float32)
-            state, results = step_fn(state, images, labels, stop)
-            pending.append(results)
-            logs, saves, evals = (
-                step % options[every] == 0 or step == total
-                for every in ("log_every", "checkpoint_every", "eval_every"))
-            # Reading a result waits for it; reading that of the step before keeps the device busy.
-            while len(pending) > (0 if logs or saves or evals or step == start + 1 else 1):
-                loss, norm, stop = map(float, unreplicate(pending.popleft()))
-                if not math.isfinite(loss + norm):
-                    raise BadInput(f"loss {loss}, gradient norm {norm} at step {step - len(pending)}"
-                                   "; try a lower --base_lr. The last good checkpoint, if any, is "
-                                   f"{path}")
-            if logs:
-                seconds = (time.time() - clock) / (step - clock_step)
-                speed = batch_size / seconds
-                left = time.strftime("%H:%M:%S", time.gmtime(seconds * (total - step)))
-                rate = float(learning_rate(step - 1, options["base_lr"], total,
-                                           options["warmup_steps"], options["decay_type"]))
-                used = f"  {flops * speed / peak / len(jax.devices()):.0%} of peak" if peak else ""
-                say(f"step {step}/{total}  loss {loss:.4f}  lr {rate:.2e}  {speed:.1f} images/s"
-                    f"{used}  {left} left", update=True)
-            if saves:
-                save(unreplicate(state))
-            if evals:
-                accuracy = test(caught)
-            if logs or evals:
-                write_metrics(step=step, loss=loss, learning_rate=rate, images_per_second=speed,
-                              test_accuracy=accuracy if evals else None)
-            if stop or (caught and jax.process_count() == 1):
-                if not saves:
-                    save(unreplicate(state))
-                say(f"stopped after step {step}; the same command goes on from {path}")
-                return 128 + (caught[0] if caught else signal.SIGTERM)
-            if saves or evals or step == start + 1:
-                clock, clock_step = time.time(), step
+    indices = (i * batch_size + places for i in range(start, total_steps))
+    pending, clock, clock_step = collections.deque(), time.time(), start
+    for images, labels in batches(example, indices, size):
+        step += 1
+        if step == 1 and jax.process_index() == 0:
+            save_picture(logdir / "first_batch.png", images)
+        stop = np.full(len(images), bool(caught), np.float32)
+        state, results = update(state, images, labels, stop)
+        pending.append(results)
+        logs, saves, tests = (step % options[name] == 0 or step == total_steps for name in (
+            "log_every", "checkpoint_every", "eval_every"))
+        # To read a result is to wait for it. Reading that of the step before keeps the device busy.
+        while len(pending) > (not (logs or saves or tests or caught or step == start + 1)):
+            loss, norm, stop = map(float, unreplicate(pending.popleft()))
+            if not math.isfinite(loss + norm):
+                raise BadInput(
+                    f"the loss is {loss} and the gradient norm {norm} in step {step - len(pending)}"
+                    "; try a lower --base_lr. The last good checkpoint: "
+                    f"{path if path.exists() else 'none yet'}")
+        if logs:
+            rate = float(learning_rate(step - 1, options["base_lr"], total_steps,
+                                       options["warmup_steps"], options["decay_type"]))
+            speed = (step - clock_step) * batch_size / (time.time() - clock)
+            record({"step": step, "loss": loss, "learning_rate": rate, "images_per_second": speed})
+            left = round((total_steps - step) * batch_size / speed)
+            say(f"step {step}/{total_steps}  loss {loss:.4f}  lr {rate:.2e}  {speed:.1f} images/s  "
+                + (f"{flops * speed / peak:.0%} of peak  " if peak else "")
+                + f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left", update=True)
+        if saves:
+            save()
+        accuracy = test() if tests else None
+        if accuracy is not None:
+            record({"step": step, "test_accuracy": accuracy})
+        # Several hosts must stop after the same step: all see the mean of what each has caught.
+        if stop or (caught and jax.process_count() == 1):
+            if not saves:
+                save()
+            say(f"stopped after step {step}; the same command goes on from {path}")
+            return 128 + (caught or [signal.SIGTERM])[0]
+        if saves or tests or step == start + 1:  # what is timed is training, not compiling
+            clock, clock_step = time.time(), step
     return 0
 
 
-def initial_params(options, num_classes):
-    """The parameters to start from: released, from a file or address, or random."""
-    model, pretrained, size = options["model"], options["pretrained"], options["image_size"]
-    if pretrained == "none":
-        try:
-            key = jax.random.key(options["seed"])
-            return jax.device_get(init_params(key, model, size, num_classes))
-        except ValueError as error:
-            raise BadInput(error) from None
-    params = load_pretrained(find_checkpoint(options), size, num_classes)
-    return params
-
-
-def metrics_writer(logdir, start):
-    """A function that appends a row to metrics.csv (and TensorBoard events, where installed)."""
-    columns = ("step", "loss", "learning_rate", "images_per_second", "test_accuracy")
-    path, rows = logdir / "metrics.csv", []
-    if jax.process_index():
-        return lambda **_: None
-    if start and path.exists():
-        with open(path, newline="") as file:
-            rows = [row for row in csv.DictReader(file) if int(row["step"]) <= start]
-    logdir.mkdir(parents=True, exist_ok=True)
-    file = open(path, "w", newline="")
-    writer = csv.DictWriter(file, columns)
-    writer.writeheader()
-    writer.writerows(rows)
-    board = None
-    if importlib.util.find_spec("tensorboardX"):
-        import tensorboardX
-        board = tensorboardX.SummaryWriter(str(logdir))
-
-    def write(**row):
-        writer.writerow(row)
-        file.flush()
-        for name, value in row.items():
-            if board and value is not None and name != "step":
-                board.add_scalar(name, value, row["step"])
-
-    return write
-
-
-def save_grid(path, images):
+def save_picture(path, images):
     """The first 64 of uint8 images [..., S, S, 3] as one picture, 8 in a row."""
-    if jax.process_index() == 0:
-        images = images.reshape(-1, *images.shape[-3:])[:64]
-        size = images.shape[1]
-        grid = Image.new("RGB", (min(8, len(images)) * size, -(-len(images) // 8) * size))
-        for i, pixels in enumerate(images):
-            grid.paste(Image.fromarray(pixels), (i % 8 * size, i // 8 * size))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        grid.save(path)
+    side = images.shape[-2]
+    images = images.reshape(-1, side, side, 3)[:64]
+    columns = min(8, len(images))
+    images = images[: len(images) // columns * columns].reshape(-1, columns, side, side, 3)
+    Image.fromarray(np.vstack([np.hstack(row) for row in images])).save(path)
 
 
-# ==================================================================================================
-# 7. Photos
-# ==================================================================================================
+# --------------------------------------------------------------------------------------- 7. Photos
 
 
 def attention_rollout(weights):
-    """How much each patch contributes to the class token: [L, B, A, N, N] -> [B, grid, grid].
+    """How much of each patch reaches the class token: [L, B, A, N, N] -> [B, grid, grid], max 1.
 
-    Mean over the heads, plus the identity for the residual connection, multiplied through the
-    blocks (arXiv 2005.00928; paper, figure 6). The largest entry of each image becomes 1.
+    The mean over the heads, mixed with the identity for the residual connections, multiplied block
+    after block (arXiv 2005.00928; the paper, figure 6).
     """
-    weights = weights.mean(axis=2)  # [L, B, N, N]
-    weights = (weights + np.eye(weights.shape[-1])) / 2  # rows sum to 1
-    rollout = functools.reduce(lambda below, above: above @ below, weights)  # [B, N, N]
-    patches = rollout[:, 0, 1:]
-    grid = math.isqrt(patches.shape[1])
-    patches = patches / patches.max(axis=1, keepdims=True)
-    return patches.reshape(-1, grid, grid)
+    weights = (weights.mean(axis=2) + np.eye(weights.shape[-1])) / 2  # [L, B, N, N], rows sum to 1
+    reached = functools.reduce(lambda below, block: block @ below, weights)[:, 0, 1:]  # [B, N-1]
+    grid = math.isqrt(reached.shape[1])
+    return (reached / reached.max(axis=1, keepdims=True)).reshape(-1, grid, grid)
 
 
-def classify(options, paths):
-    """Prints the five likeliest classes of each photo and writes NAME-attention.png of each."""
-    file = find_checkpoint(options)
-    params, names = load_checkpoint(file), read_npz(file).get("class_names")
-    num_classes = len(params["head"]["bias"])
+def classify(options):
+    """Prints the five likeliest classes of each photo and writes NAME-attention.png here."""
+    path = checkpoint_path(options)
+    params, names = load_checkpoint(path), read_npz(path).get("class_names")
+    _, size, num_classes = describe(unstack(params))
+    size = options["image_size"] if "image_size" in options["given"] else size
     if names is None and num_classes == 1000:
         import tensorflow_datasets as tfds
         names = tfds.builder("imagenet2012").info.features["label"].names
-    size = options["image_size"] or image_size_of(params)
     run = jax.jit(functools.partial(forward, at_image_size(params, size), return_attention=True))
-    for path in paths:
-        photo = decode(path, path)
-        logits, weights = run(to_pixels(test_image(photo, size)[None], options["dtype"]))
+    for photo in map(Path, options["paths"]):
+        image = decode(photo, photo)
+        logits, weights = run(to_pixels(to_array(image, size)[None], options["dtype"]))
         probabilities = np.asarray(jax.nn.softmax(logits[0]))
-        print(path)
-        for label in probabilities.argsort()[: -6 : -1]:
-            print(f"  {probabilities[label]:7.2%}  {names[label] if names is not None else label}")
         light = Image.fromarray(attention_rollout(np.asarray(weights))[0].astype(np.float32))
-        light = np.asarray(light.resize(photo.size, Image.Resampling.BILINEAR))[..., None]
-        lit = np.asarray(photo) * (0.15 + 0.85 * light)
-        picture = np.concatenate([np.asarray(photo), lit.astype(np.uint8)], axis=1)
-        Image.fromarray(picture).save(f"{Path(path).stem}-attention.png")
-        print(f"  {Path(path).stem}-attention.png: where the class token looks")
+        light = np.asarray(light.resize(image.size, Image.Resampling.BILINEAR))[..., None]
+        lit = (np.asarray(image) * (0.1 + 0.9 * light)).astype(np.uint8)
+        Image.fromarray(np.hstack([image, lit])).save(f"{photo.stem}-attention.png")
+        print(f"{photo} (see {photo.stem}-attention.png)")
+        for label in probabilities.argsort()[::-1][:5]:
+            print(f"{probabilities[label]:8.2%}  {label if names is None else names[label]}")
+    return 0
 
 
-# ==================================================================================================
-# 8. Command line
-# ==================================================================================================
+# --------------------------------------------------------------------------------- 8. Command line
 
-FLAGS = {  # group: {flag: (default, meaning)}; a tuple lists the choices, its first is the default
+FLAGS = {  # group: {flag: (default, meaning)}; a tuple lists the choices, the default first
     "model": {
-        "model": ("ViT-B_16", "ViT-SIZE_PATCH, SIZE one of XS, Ti, S, B, L, H, any patch size"),
-        "pretrained": ("released", "checkpoint to start from: a file, an address, `released` (that "
-                                   "of ImageNet-21k), or `none` to train from scratch"),
-        "dtype": (("float32", "bfloat16"), "dtype of the activations; parameters are float32"),
-        "remat": (False, "keep less for the gradient and compute it again: less memory, slower"),
-    },
-    "data": {
-        "image_size": (384, "side of the square that images are resized to, pixels"),
-        "data_dir": ("~/tensorflow_datasets", "TFDS datasets; downloads in its folder downloads"),
-        "augment": (("inception", "none"), "random crops and mirroring of training images, or not"),
-        "mixup_alpha": (0.0, "blend pairs of images, weights from Beta(alpha, alpha); 0: never"),
+        "model": ("ViT-B_16", "ViT-SIZE_PATCH: sizes XS, Ti, S, B, L, H, any patch size"),
+        "pretrained": ("released", "start from a file, an address, the `released` ImageNet-21k "
+                                   "checkpoint of the model, or from scratch: `none`"),
+        "image_size": (384, "side of the squares that the model sees, pixels"),
+        "dtype": (("float32", "bfloat16"), "of activations; parameters are float32"),
     },
     "training": {
-        "batch_size": (512, "images for one update, over all devices and accumulation steps"),
-        "accum_steps": (8, "parts of a device's share of the batch, one after the other in memory"),
-        "total_steps": (10_000, "updates"),
-        "warmup_steps": (500, "updates during which the learning rate rises from 0"),
-        "base_lr": (0.03, "the learning rate after warm-up"),
-        "decay_type": (("cosine", "linear"), "how it falls after that"),
-        "grad_norm_clip": (1.0, "largest L2 norm of all gradients together"),
+        "batch_size": (512, "images in an update, over all devices and accumulation steps"),
+        "accum_steps": (8, "parts in which a device works through its share of a batch"),
+        "total_steps": (10_000, "number of updates"),
+        "warmup_steps": (500, "updates during which the learning rate rises"),
+        "base_lr": (0.03, "learning rate after them"),
+        "decay_type": (("cosine", "linear"), "how it falls from there"),
+        "grad_norm_clip": (1.0, "largest global norm of the gradients"),
         "dropout": (0.0, "dropout rate"),
-        "seed": (0, "of the initial head, order, crops, dropout and mixup"),
+        "mixup_alpha": (0.0, "blend images in pairs by Beta(alpha, alpha); 0: never"),
+        "augment": (("inception", "none"), "random crops and mirroring of training images"),
+        "seed": (0, "of head, order, crops, dropout and mixup"),
     },
     "run": {
-        "logdir": ("runs/DATA", "folder for checkpoint.npz, metrics.csv, first_batch.png"),
-        "eval_every": (100, "steps between evaluations on the test images"),
+        "logdir": ("runs/DATA", "folder of checkpoint.npz, metrics.csv, first_batch.png"),
+        "data_dir": ("~/tensorflow_datasets", "TFDS datasets; what is fetched, in downloads/"),
+        "eval_every": (100, "steps between evaluations"),
         "log_every": (10, "steps between lines of progress"),
         "checkpoint_every": (1000, "steps between checkpoints"),
-        "eval_only": (False, "evaluate --pretrained=FILE and stop"),
+        "eval_only": (False, "evaluate --pretrained=FILE, train nothing"),
+        "remat": (False, "keep less in memory for the gradient, compute more"),
     },
-    "several hosts (one command on each)": {
-        "coordinator_address": ("", "HOST:PORT of the first host; `auto` on clusters JAX knows"),
+    "several hosts, one command on each": {
+        "coordinator_address": ("", "HOST:PORT of the first; `auto` on clusters that JAX knows"),
         "num_processes": (1, "number of hosts"),
-        "process_id": (0, "number of this host, from 0"),
+        "process_id": (0, "number of this one, from 0"),
     },
 }
 DEFAULTS = {name: default[0] if isinstance(default, tuple) else default
             for flags in FLAGS.values() for name, (default, _) in flags.items()}
-PRESETS = {  # what replaces the defaults for a dataset; flags go before both
+PRESETS = {  # what a dataset has instead of the defaults
     "digits": {"model": "ViT-XS_8", "pretrained": "none", "image_size": 32, "augment": "none",
-               "batch_size": 64, "accum_steps": 1, "total_steps": 800, "warmup_steps": 100,
-               "base_lr": 0.1, "eval_every": 400, "log_every": 100},
-    "cifar10": {"total_steps": 10_000},
-    "cifar100": {"total_steps": 10_000},
-    "imagenet2012": {"total_steps": 20_000, "splits": ("train[:99%]", "validation")},
+               "batch_size": 64, "accum_steps": 1, "total_steps": 1200, "base_lr": 0.1,
+               "warmup_steps": 100, "eval_every": 600, "log_every": 100},
+    "imagenet2012": {"total_steps": 20_000},
 }
-# A run goes on only with the same of these:
-IDENTITY = ("data", "model", "pretrained", "dtype", "image_size", "augment", "mixup_alpha", "batch_size",
-            "accum_steps", "total_steps", "warmup_steps", "base_lr", "decay_type", "grad_norm_clip",
-            "dropout", "seed")
+IDENTITY = ("data", *FLAGS["model"], *FLAGS["training"])  # what must not change to go on
 
 
-def find_checkpoint(options):
-    """--pretrained as a path; an address is fetched first, into the cache."""
-    pretrained = options["pretrained"]
-    if pretrained == "released":
-        pretrained = released_url(options["model"])
-    if pretrained.startswith(("http://", "https://")):
-        return fetch(pretrained, Path(options["data_dir"], "downloads"))
-    return Path(pretrained)
+def checkpoint_path(options):
+    """--pretrained as a path, fetched first where it is an address."""
+    source, model = options["pretrained"], options["model"]
+    if source == "released":
+        if model not in RELEASED:
+            raise BadInput(f"no checkpoint of {model} was released (only {', '.join(RELEASED)}); "
+                           "use --pretrained=FILE, or --pretrained=none to train from scratch")
+        source = RELEASED_URL.format(RELEASED[model])
+    if source.startswith(("http://", "https://")):
+        return fetch(source, options["data_dir"] / "downloads")
+    return Path(source)
 
 
-def parse_flags(argv):
-    """The command line -> options: one dict of DATA, defaults, presets and flags."""
+def parse_options(argv):
+    """The command line as a dict: DATA, then the flags over PRESETS over DEFAULTS. BadInput."""
     parser = argparse.ArgumentParser(
-        prog="vit.py", description=__doc__.split("\n\n")[0], allow_abbrev=False,
+        prog="vit.py", description=__doc__.split("\n")[0], allow_abbrev=False,
         argument_default=argparse.SUPPRESS)
 
     def refuse(message):
@@ -1296,45 +1183,46 @@ def parse_flags(argv):
 
     parser.error = refuse
     parser.add_argument("data", metavar="DATA", nargs="*", default=["digits"], help=(
-        "digits (drawn, the default), cifar10, cifar100, imagenet2012 or any TFDS name, a folder "
-        "of images, or image files to classify"))
+        "digits (the default), cifar10, cifar100, imagenet2012 or another TFDS dataset, a folder "
+        "{train,test}/CLASS/*.jpg, or image files to classify"))
     for title, flags in FLAGS.items():
         group = parser.add_argument_group(title)
         for name, (default, meaning) in flags.items():
-            if isinstance(default, bool):
-                kind = {"action": "store_true"}
-            elif isinstance(default, tuple):
-                kind = {"choices": default}
-            else:
-                kind = {"type": type(default), "metavar": type(default).__name__.upper()}
-            presets = "".join(f"; {data}: {preset[name]}" for data, preset in PRESETS.items()
-                              if preset.get(name, DEFAULTS[name]) != DEFAULTS[name])
-            group.add_argument(f"--{name}", **kind,
-                               help=f"{meaning} [{DEFAULTS[name]}{presets}]".replace("%", "%%"))
+            usual = [DEFAULTS[name], *(f"{data}: {preset[name]}" for data, preset in PRESETS.items()
+                                       if name in preset)]
+            kind = ({"action": "store_true"} if default is False else
+                    {"choices": default} if isinstance(default, tuple) else
+                    {"type": type(default), "metavar": type(default).__name__.upper()})
+            text = f"{meaning} ({', '.join(map(str, usual))})"
+            group.add_argument(f"--{name}", help=text, **kind)
     flags, unknown = parser.parse_known_args(argv)
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0], [f"--{n}" for n in DEFAULTS], 1)
         refuse(f"unknown flag {unknown[0]}" + (f"; did you mean {near[0]}?" if near else ""))
     flags = vars(flags)
     data = flags["data"][0].rstrip("/")
-    options = DEFAULTS | PRESETS.get(data, {}) | {"logdir": f"runs/{data.strip('/.').replace('/', '-')}"}
-    options |= flags | {"given": tuple(flags), "paths": flags["data"], "data": data}
+    options = DEFAULTS | {"logdir": f"runs/{data.strip('./').replace('/', '-')}"}
+    options |= PRESETS.get(data, {}) | flags | {"data": data, "paths": flags["data"]}
+    options |= {"given": tuple(flags), "data_dir": Path(options["data_dir"]).expanduser()}
     for name, value in options.items():
-        at_least_one = name.endswith(("_every", "_size", "_steps")) and name != "warmup_steps"
-        if isinstance(value, int | float) and not value >= at_least_one:
-            refuse(f"--{name}={value} should be at least {int(at_least_one)}")
+        least = name.endswith(("size", "_every", "total_steps", "accum_steps", "processes"))
+        if isinstance(value, int | float) and not value >= least:
+            refuse(f"--{name}={value} is too small, it must be at least {least:d}")
     if options["dropout"] >= 1:
-        refuse(f"--dropout={options['dropout']} should be below 1")
+        refuse(f"--dropout={options['dropout']} is too large, it must be below 1")
     if options["warmup_steps"] >= options["total_steps"]:
-        refuse(f"--warmup_steps={options['warmup_steps']} should be below "
+        refuse(f"--warmup_steps={options['warmup_steps']} is too large, it must be below "
                f"--total_steps={options['total_steps']}")
+    try:
+        parse_model(options["model"])
+    except ValueError as error:
+        refuse(error)
     return options
 
 
 def run(options):
-    """Does what the options say -> exit status."""
-    # Compiled programs are kept on disk: the same command starts at once the next time.
-    if not jax.config.jax_compilation_cache_dir:
+    """Does what the options say: exit status."""
+    if not jax.config.jax_compilation_cache_dir:  # the same command need not compile again
         jax.config.update("jax_compilation_cache_dir", str(Path("~/.cache/vit.py").expanduser()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     if options["coordinator_address"] == "auto":
@@ -1342,36 +1230,34 @@ def run(options):
     elif options["coordinator_address"]:
         jax.distributed.initialize(*(
             options[name] for name in ("coordinator_address", "num_processes", "process_id")))
-    if all(Path(path).is_file() for path in options["paths"]):
-        return classify(options, options["paths"])
+    photos = [path for path in options["paths"] if Path(path).is_file()]
+    if len(photos) == len(options["paths"]):
+        return classify(options)
     if len(options["paths"]) > 1:
-        missing = next(path for path in options["paths"] if not Path(path).is_file())
-        raise BadInput(f"{missing} is not an image file; several DATA must all be image files")
-    data = load_data(options["data"], Path(options["data_dir"]).expanduser())
+        raise BadInput(f"of {' '.join(options['paths'])}, not all are image files")
+    data = load_data(options["data"], options["data_dir"])
     if not options["eval_only"]:
         return train(options, data)
-    params = load_checkpoint(find_checkpoint(options))
-    if len(params["head"]["bias"]) != len(data["classes"]):
-        raise BadInput(f"{options['pretrained']} knows {len(params['head']['bias'])} classes, "
-                       f"{options['data']} has {len(data['classes'])}")
-    size = options["image_size"] if "image_size" in options["given"] else image_size_of(params)
-    step = jax.pmap(functools.partial(eval_step, dtype=options["dtype"]), "devices")
-    params = replicate(at_image_size(params, size))
-    batch_size = options["batch_size"] // options["accum_steps"]
-    accuracy = evaluate(step, params, data["test"], size, batch_size)
-    say(f"test accuracy {accuracy:.2%} of {data['test'][0]} images")
+    params = load_checkpoint(checkpoint_path(options))
+    _, size, num_classes = describe(unstack(params))
+    if num_classes != len(data["classes"]):
+        raise BadInput(f"{options['pretrained']} knows {num_classes} classes, {options['data']} "
+                       f"has {len(data['classes'])}")
+    size = options["image_size"] if "image_size" in options["given"] else size
+    evaluate(replicate(at_image_size(params, size)), data["test"], size,
+             options["batch_size"] // options["accum_steps"], options["dtype"])
     return 0
 
 
 def main(argv=None):
-    """The command line: returns 0, 2 after bad input, 128 + signal number when interrupted."""
+    """The command line: exit status 0, 2 after bad input, 128 + signal number after a signal."""
     try:
-        return run(parse_flags(argv))
+        return run(parse_options(argv))
     except (BadInput, OSError) as error:
         print("vit.py:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        return 130
+        return 128 + signal.SIGINT
 
 
 if __name__ == "__main__":
