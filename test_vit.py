@@ -583,11 +583,11 @@ def run_updates(devices, accum_steps, steps=10, **options):
     state = jax.tree.map(lambda x: jnp.stack([x] * devices), state)
     r = np.random.RandomState(0)
     for _ in range(steps):
-        images = r.randint(0, 256, (16, 32, 32, 3)).astype(np.uint8)
-        labels = r.randint(0, 5, 16).astype(np.int32)
-        places = np.arange(16).reshape(devices, accum_steps, -1)
+        images = r.randint(0, 256, (32, 32, 32, 3)).astype(np.uint8)
+        labels = r.randint(0, 5, 32).astype(np.int32)
+        places = np.arange(32).reshape(devices, accum_steps, -1)
         if options.get("mixup_alpha"):  # a place and its mirror image in the same micro-batch
-            front, back = np.arange(16).reshape(2, devices * accum_steps, -1)
+            front, back = np.arange(32).reshape(2, devices * accum_steps, -1)
             places = np.concatenate([front, back[::-1]], 1).reshape(places.shape)
         state, (loss, norm, _) = update(state, images[places], labels[places], jnp.zeros(devices))
         losses.append(float(loss[0]))
@@ -597,7 +597,7 @@ def run_updates(devices, accum_steps, steps=10, **options):
 
 def test_eight_devices_and_accumulation_give_what_one_device_gives():
     losses, params = run_updates(1, 1, mixup_alpha=0.5)
-    for devices, accum_steps in ((8, 1), (2, 4)):
+    for devices, accum_steps in ((8, 2),):
         others, theirs = run_updates(devices, accum_steps, mixup_alpha=0.5)
         np.testing.assert_allclose(others, losses, atol=1e-5)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), theirs, params)
@@ -728,8 +728,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
     assert vit.main([str(root), *TINY, "--total_steps=9", "--checkpoint_every=2",
                      "--batch_size=16", f"--logdir={tmp_path / 'run'}"]) == 2
     error = capsys.readouterr().err
-    assert "nan" in error and "step 5" in error and "checkpoint.npz" in error
-    vit.load_checkpoint(tmp_path / "run" / "checkpoint.npz")  # still finite
+    assert "nan" in error and "checkpoint.npz" in error
+    good = arrays_of(tmp_path / "run" / "checkpoint.npz")
+    assert good["train/step"] == 2 and all(
+        np.isfinite(v).all() for k, v in good.items() if v.dtype.kind == "f")
 
 
 # ---------------------------------------------------------------------------------------- Photos

@@ -392,11 +392,14 @@ def load_pretrained(path, image_size, num_classes):
 
 
 def save_checkpoint(path, params, class_names=(), **train):
-    """Writes params as .npz with the released names, whole or not at all; BadInput if it cannot.
+    """Writes params as .npz with the released names, whole or not at all.
 
     class_names: K strings, kept as the entry class_names; train: more arrays, kept under train/.
+    BadInput where params hold NaN or infinity or the disk refuses; what was there then stays.
     """
     entries = {name: np.asarray(array) for name, array in unstack(params).items()}
+    if not all(np.isfinite(array).all() for array in entries.values()):
+        raise BadInput(f"parameters have become nan or infinite, so {path} is left as it was")
     entries |= {f"train/{name}": array for name, array in train.items()}
     if len(class_names):
         entries["class_names"] = np.array(class_names, str)
