@@ -736,15 +736,16 @@ def train_step(state, images, labels, stop=0.0, *, base_lr=0.03, total_steps=10_
             images, targets = mixup(images, targets, weight)
         dropout_key = jax.random.fold_in(key, 1 + first + i) if dropout else None
         logits = forward(params, images.astype(dtype), dropout_key, dropout, remat)
-        return cross_entropy(logits, targets)
+        return cross_entropy(logits, targets) / accum_steps
 
     def accumulate(total, micro_batch):
         return jax.tree.map(jnp.add, total, jax.value_and_grad(loss)(params, *micro_batch)), None
 
     zeros = 0.0, jax.tree.map(jnp.zeros_like, params)
     total, _ = jax.lax.scan(accumulate, zeros, (images, labels, jnp.arange(accum_steps)))
-    value, grads = jax.tree.map(lambda x: x / accum_steps, total)
-    value, grads, stop = jax.lax.pmean((value, grads, stop), "devices")
+    if jax.lax.psum(1, "devices") > 1:  # a device alone would only copy all of it (5 % of a step)
+        total, stop = jax.lax.pmean((total, stop), "devices")
+    value, grads = total
     grads, norm = clip_by_global_norm(grads, grad_norm_clip)
     rate = learning_rate(state["step"], base_lr, total_steps, warmup_steps, decay_type)
     params, momentum = sgd_update(params, state["momentum"], grads, rate)
