@@ -581,15 +581,16 @@ def run_updates(devices, accum_steps, steps=10, **options):
                       "devices", devices=jax.devices()[:devices])
     state = {"params": params, "momentum": vit.sgd_init(params), "step": jnp.int32(0)}
     state = jax.tree.map(lambda x: jnp.stack([x] * devices), state)
-    r = np.random.RandomState(0)
-    for _ in range(steps):
+    r, ones = np.random.RandomState(0), jnp.ones(devices)
+    for step in range(steps):
         images = r.randint(0, 256, (32, 32, 32, 3)).astype(np.uint8)
         labels = r.randint(0, 5, 32).astype(np.int32)
         places = np.arange(32).reshape(devices, accum_steps, -1)
         if options.get("mixup_alpha"):  # a place and its mirror image in the same micro-batch
             front, back = np.arange(32).reshape(2, devices * accum_steps, -1)
             places = np.concatenate([front, back[::-1]], 1).reshape(places.shape)
-        state, (loss, norm, _) = update(state, images[places], labels[places], jnp.zeros(devices))
+        state, (loss, norm, *_) = update(state, images[places], labels[places],
+                                         ones * step / steps, 0 * ones)
         losses.append(float(loss[0]))
         assert np.ptp(loss) == 0 and norm[0] > 0
     return losses, jax.tree.map(lambda x: np.asarray(x[0]), state["params"])
@@ -609,8 +610,8 @@ def test_one_step_on_one_batch_lowers_its_loss_and_equals_the_parts(params):
     state = {"params": params, "momentum": vit.sgd_init(params), "step": np.int32(0)}
     update = jax.pmap(functools.partial(vit.train_step, warmup_steps=0, base_lr=0.01), "devices",
                       devices=jax.devices()[:1])
-    state, (loss, norm, _) = update(*jax.tree.map(
-        lambda x: np.asarray(x)[None], (state, images[None], np.int32(LABELS)[None], 0.0)))
+    state, (loss, norm, *_) = update(*jax.tree.map(
+        lambda x: np.asarray(x)[None], (state, images[None], np.int32(LABELS)[None], 1.0, 0.0)))
     new = jax.tree.map(lambda x: np.asarray(x)[0], state["params"])
     pixels = images / np.float32(127.5) - 1
     expected, grads = jax.value_and_grad(loss_of)(params, pixels)
@@ -686,7 +687,7 @@ def test_two_processes_give_what_one_gives_with_as_many_devices(tmp_path):
     root = picture_folder(tmp_path / "data")
     picture_folder(root, "test", count=5)
     flags = [root, *TINY, "--total_steps=4", "--mixup_alpha=0.2", "--dropout=0.1",
-             "--batch_size=16"]
+             "--batch_size=16", "--log_every=3"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -813,7 +814,7 @@ def bad(tmp_path_factory):
     ("digits --total_steps=many", "many"), ("digits --batch_size=0", "--batch_size=0"),
     ("digits --base_lr=-1", "--base_lr=-1.0"), ("digits --dropout=1.5", "--dropout=1.5"),
     ("digits --base_lr=nan", "--base_lr=nan"), ("digits --warmup_steps=2000", "2000"),
-    ("digits --image_size=30", "image size 30"), ("digits --batch_size=9", "--batch_size=9"),
+    ("digits --image_size=30", "--image_size=30"), ("digits --batch_size=9", "--batch_size=9"),
     ("digits --batch_size=8 --mixup_alpha=1", "16 would"),
     ("digits --pretrained=released --model=ViT-S_14 --image_size=28", "ViT-S_14"),
     ("good --pretrained=absent.npz", "absent.npz"), ("good --pretrained=empty.npz", "empty.npz"),
@@ -841,6 +842,18 @@ def test_bad_input_is_one_line_and_status_2(command, message, bad, capsys, monke
     assert vit.main(command.split()) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and len(error) < 600, error
+
+
+def test_an_unreadable_image_stops_the_run_but_loses_no_step(tmp_path, capsys):
+    root = picture_folder(tmp_path / "data")
+    picture_folder(root, "test", count=1)
+    (root / "train/dog/7.png").write_text("no image")
+    status = vit.main([str(root), *TINY, "--total_steps=9", "--batch_size=8", "--accum_steps=1",
+                       f"--logdir={tmp_path / 'run'}"])
+    assert status == 2 and "dog/7.png" in capsys.readouterr().err
+    saved = arrays_of(tmp_path / "run" / "checkpoint.npz")["train/step"]
+    order = vit.epoch_order(0, 0, 16)
+    assert saved == list(order).index(15) // 8  # the step in whose batch the image is
 
 
 def test_a_disk_that_refuses_is_one_line_and_the_old_file_stays(params, tmp_path, monkeypatch):

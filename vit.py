@@ -78,8 +78,8 @@ def parse_model(model):
 def linear(x, kernel, bias):
     """x @ kernel + bias: [..., I] -> [..., O], in the dtype of x.
 
-    Kernels have the shapes of the checkpoints, [I, A, O/A] for example; here they are matrices
-    [I, O], since one large matrix product is what every device does best.
+    Kernels of checkpoints may be [I, A, O/A] or so; as matrices [I, O] they need one large product,
+    which is what every device does best.
     """
     inputs = x.shape[-1]
     y = x.reshape(-1, inputs) @ kernel.reshape(inputs, -1).astype(x.dtype)
@@ -123,14 +123,10 @@ def attention(x, query, key, value, out):
     """
     b, n, d = x.shape
     heads, size = query["bias"].shape
-
-    def split_heads(y):
-        return y.reshape(b, n, heads, size).swapaxes(1, 2)  # [B, N, D] -> [B, A, N, D/A]
-
-    q, k, v = (split_heads(linear(x, **projection)) for projection in (query, key, value))
-    k = k.swapaxes(2, 3)  # [B, A, D/A, N]
-    scores = jnp.matmul(q / size**0.5, k, preferred_element_type=jnp.float32)  # [B, A, N, N]
-    weights = jax.nn.softmax(scores, axis=-1)
+    q, k, v = (linear(x, **p).reshape(b, n, heads, size).swapaxes(1, 2)
+               for p in (query, key, value))  # [B, N, D] -> [B, A, N, D/A]
+    scores = jnp.matmul(q / size**0.5, k.swapaxes(2, 3), preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(scores, axis=-1)  # [B, A, N, N]
     y = weights.astype(x.dtype) @ v  # [B, A, N, D/A]
     y = y.swapaxes(1, 2).reshape(b, n, d)  # the heads side by side again: [B, N, D]
     return linear(y, **out), weights
@@ -159,10 +155,10 @@ def encoder_block(x, block, key=None, dropout_rate=0.0):
 def forward(params, images, key=None, dropout_rate=0.0, remat=False, return_attention=False):
     """The Vision Transformer: pixels [B, H, W, 3] in [-1, 1] -> logits [B, K], float32.
 
-    P, D, L, A and pre_logits or none are read off params (see `init_params`, `load_checkpoint`).
-    Activations have the dtype of images, float32 or bfloat16. A key turns dropout on. TypeError
-    where H and W do not fit the position embeddings. With return_attention -> (logits, attention
-    weights [L, B, A, N, N]).
+    P, D, L, A and an optional pre_logits layer follow from params (see `init_params`). Activations
+    have the dtype of images, float32 or bfloat16. A key turns dropout on. TypeError where the
+    number of patches does not fit the position embeddings. With return_attention -> (logits,
+    attention weights [L, B, A, N, N]).
 
     For the gradient, JAX keeps what the forward pass computed. Here it keeps the products with
     weight matrices only; norms, softmax and GELU are cheaper to compute again than to write to
@@ -176,8 +172,8 @@ def forward(params, images, key=None, dropout_rate=0.0, remat=False, return_atte
     x = x + encoder["posembed_input"]["pos_embedding"].astype(x.dtype)
     keys = None
     if key is not None:
-        key, *keys = jax.random.split(key, 1 + blocks["LayerNorm_0"]["scale"].shape[0])
-        x, keys = dropout(x, key, dropout_rate), jnp.stack(keys)  # a key for each block
+        keys = jax.random.split(key, 1 + blocks["LayerNorm_0"]["scale"].shape[0])
+        x, keys = dropout(x, keys[0], dropout_rate), keys[1:]  # a key for each block
 
     def step(x, block_and_key):
         x, weights = encoder_block(x, *block_and_key, dropout_rate)
@@ -259,7 +255,7 @@ OPTIONAL = ("pre_logits",)  # layers that a checkpoint may have or not
 
 
 class BadInput(ValueError):
-    """What the user can put right: the command line prints it as one line and exits with 2."""
+    """A mistake that the user can fix: the command line prints it as one line and exits with 2."""
 
 
 def flatten(tree, prefix=""):
@@ -307,8 +303,8 @@ def describe(flat):
 def load_checkpoint(path):
     """Reads a checkpoint as it is: a nested dict of float32 NumPy arrays, ready for `forward`.
 
-    Knows the names of the released files and those of newer Flax code, which counts layers anew
-    and puts everything under opt/target/ or params/. BadInput where the file is damaged, is no ViT,
+    Knows the names of the released files and those of newer Flax code, which renumbers layers and
+    puts everything under opt/target/ or params/. BadInput where the file is damaged, is no ViT,
     or has entries that are missing, unknown, misshapen or not finite.
     """
     flat = read_npz(path)
@@ -353,8 +349,8 @@ def load_checkpoint(path):
 def resize_position_embeddings(embeddings, grid):
     """Position embeddings for another image size: [1, 1 + g*g, D] -> [1, 1 + grid*grid, D].
 
-    Bilinear between the g x g patches, the corner ones staying in the corners (paper, section 3.2;
-    the release: scipy.ndimage.zoom with order 1). The class token's row stays as it is.
+    Bilinear between the g x g patches with aligned corners (paper, section 3.2; as the release's
+    scipy.ndimage.zoom of order 1). The class token's row stays as it is.
     """
     patches = np.asarray(embeddings[0, 1:])  # [g*g, D]
     old = math.isqrt(len(patches))
@@ -415,7 +411,8 @@ def save_checkpoint(path, params, class_names=(), **train):
 # A dataset is a dict: "classes", the K class names, and two splits, "train" and "test". A split is
 # (n, read), and read(i), 0 <= i < n, gives a Pillow image in RGB and its label, an int.
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # reading these runs no program
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # these start no other program
+SPLITS = {"imagenet2012": ("train[:99%]", "validation")}  # of TFDS, where the release has its own
 CIFAR = {  # the authors' archives: address, SHA-256, label bytes in a record, list of class names
     "cifar10": ("https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
                 "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
@@ -430,7 +427,7 @@ def decode(file, name):
     """A path or file object -> Pillow image in RGB, upright, from any size and mode.
 
     Alpha is left out. BadInput, with the name, where the image is unreadable, truncated or larger
-    than Pillow takes for safe (179 million pixels).
+    than Pillow deems safe (179 million pixels).
     """
     try:
         with Image.open(file, formats=FORMATS) as image:
@@ -456,7 +453,7 @@ def draw_digit(seed, i):
 
 
 def cifar(name, data_dir):
-    """CIFAR-10 or CIFAR-100 as a dataset: 98 % of the training images (the release), all test ones.
+    """CIFAR-10 or CIFAR-100 as a dataset: the first 98 % of the training images, as the release.
 
     A record is the label byte (CIFAR-100: coarse label, fine label), then 32 x 32 pixels, the red
     plane first. The archive is read in place, nothing is extracted. BadInput where it is damaged.
@@ -497,8 +494,8 @@ def image_folder(path):
                 for file in sorted(folder.rglob("*")) if file.name.lower().endswith(suffixes)]
 
     tests = [path / name for name in ("test", "val", "validation") if (path / name).is_dir()]
-    if tests and (path / "train").is_dir():
-        found = {"train": find(path / "train"), "test": find(tests[0])}
+    if (path / "train").is_dir():
+        found = {"train": find(path / "train"), "test": find(tests[0]) if tests else []}
     else:
         files = find(path)
         order, n = np.random.default_rng(0).permutation(len(files)), math.ceil(len(files) / 10)
@@ -549,10 +546,12 @@ def tfds_dataset(name, data_dir):
     image, label = keys if keys and len(keys) == 2 else ("image", "label")
     if not isinstance(features.get(label), tfds.features.ClassLabel):
         raise BadInput(f"{name} is no image-classification dataset: it has no class labels")
-    tests = [split for split in ("test", "validation") if split in builder.info.splits]
-    splits = ("train", tests[0]) if tests else ("train[:90%]", "train[90%:]")
+    there = [part for part in ("train", "test", "validation") if part in builder.info.splits]
+    if "train" not in there:
+        raise BadInput(f"{name} has no training images, only {', '.join(builder.info.splits)}")
+    parts = there[:2] if len(there) > 1 else ("train[:90%]", "train[90%:]")
     dataset = {"classes": features[label].names}
-    for split, part in zip(("train", "test"), SPLITS.get(name, splits), strict=True):
+    for split, part in zip(("train", "test"), SPLITS.get(name, parts), strict=True):
         source = builder.as_data_source(part, decoders={image: tfds.decode.SkipDecoding()})
 
         def read(i, source=source, part=part):
@@ -561,9 +560,6 @@ def tfds_dataset(name, data_dir):
 
         dataset[split] = len(source), read
     return dataset
-
-
-SPLITS = {"imagenet2012": ("train[:99%]", "validation")}  # where the release has its own
 
 
 def load_data(name, data_dir):
@@ -578,8 +574,8 @@ def load_data(name, data_dir):
 
 def inception_crop(rng, width, height):
     """A random box (left, upper, right, lower) in pixels, drawn as by the release (TensorFlow's
-    sample_distorted_bounding_box): aspect ratio uniform in [3/4, 4/3], then the height uniform
-    between 5 % of the image's area and all that fits, then the place, all in whole pixels.
+    sample_distorted_bounding_box): aspect ratio uniform in [3/4, 4/3], then the height uniform from
+    that of 5 % of the image's area to the largest that fits, then the place, in whole pixels.
     """
     aspect = rng.uniform(3 / 4, 4 / 3)  # width : height
     largest = min(height, width / aspect)
@@ -681,8 +677,8 @@ def mixup(images, targets, weight):
 
 
 def learning_rate(step, base_lr, total_steps, warmup_steps, decay_type="cosine"):
-    """The rate of the update after `step` updates, int (array) -> float32: a linear warm-up from 0,
-    then cosine to 0, or linear to 1e-5, as in the release."""
+    """The rate of update `step`, the first being 0: a linear warm-up from 0 to base_lr, then cosine
+    to 0 or linear to 1e-5, as the release. Int (or int array) -> float32."""
     progress = jnp.clip((step - warmup_steps) / (total_steps - warmup_steps), 0, 1)
     if decay_type == "cosine":
         rate = base_lr * (1 + jnp.cos(jnp.pi * progress)) / 2
@@ -712,14 +708,14 @@ def sgd_update(params, momentum, grads, learning_rate, decay=0.9):
     return params, jax.tree.map(lambda old, m: m.astype(old.dtype), momentum, total)
 
 
-def train_step(state, images, labels, stop=0.0, *, base_lr=0.03, total_steps=10_000,
+def train_step(state, images, labels, mix=1.0, stop=0.0, *, base_lr=0.03, total_steps=10_000,
                warmup_steps=500, decay_type="cosine", grad_norm_clip=1.0, dropout=0.0,
                mixup_alpha=0.0, seed=0, dtype="float32", remat=False):
     """One update as each device runs it on its share of the batch, in pmap over "devices".
 
     state: dict of params, momentum and step (int32 []), the same on all devices. images: uint8
-    [accum_steps, B, H, W, 3], labels: int32 [accum_steps, B]; stop: see `train`. Gives the new
-    state and the means over all devices of loss, gradient norm and stop.
+    [accum_steps, B, H, W, 3], labels: int32 [accum_steps, B]; mix: the weight for `mixup`; stop: 1
+    where the host has caught a signal. Gives the new state and (loss, gradient norm, rate, stop), means over all devices.
 
     pmap compiles a function once and runs it on all devices at the same time, each with its own
     slice of the first axis of every argument. Numbers cross between devices at one point only,
@@ -731,10 +727,9 @@ def train_step(state, images, labels, stop=0.0, *, base_lr=0.03, total_steps=10_
 
     def loss(params, images, labels, i):
         images, targets = to_pixels(images), jax.nn.one_hot(labels, num_classes)
-        if mixup_alpha:  # from the key of the step: the same weight everywhere
-            weight = jax.random.beta(jax.random.fold_in(key, 0), mixup_alpha, mixup_alpha)
-            images, targets = mixup(images, targets, weight)
-        dropout_key = jax.random.fold_in(key, 1 + first + i) if dropout else None
+        if mixup_alpha:
+            images, targets = mixup(images, targets, mix)
+        dropout_key = jax.random.fold_in(key, first + i) if dropout else None
         logits = forward(params, images.astype(dtype), dropout_key, dropout, remat)
         return cross_entropy(logits, targets) / accum_steps
 
@@ -750,7 +745,7 @@ def train_step(state, images, labels, stop=0.0, *, base_lr=0.03, total_steps=10_
     rate = learning_rate(state["step"], base_lr, total_steps, warmup_steps, decay_type)
     params, momentum = sgd_update(params, state["momentum"], grads, rate)
     state = {"params": params, "momentum": momentum, "step": state["step"] + 1}
-    return state, (value, norm, stop)
+    return state, (value, norm, rate, stop)
 
 
 @functools.partial(jax.pmap, axis_name="devices", static_broadcasted_argnums=4)
@@ -801,7 +796,7 @@ def read_npz(path):
 def fetch(url, folder, sha256=None):
     """The path of a file in folder, downloaded from url if it is not there yet.
 
-    It gets its name when complete, with the SHA-256 wanted if there is one. Raises BadInput.
+    It is named only when complete and, if sha256 is given, of that SHA-256. Raises BadInput.
     """
     path = folder / url.rsplit("/", 1)[-1]
     if path.exists():
@@ -844,7 +839,7 @@ def load_state(path, config):
     """The state that `save_state` wrote; BadInput where config says that it is of another run."""
     flat = read_npz(path)
     if "train/config" not in flat:
-        raise BadInput(f"{path} is not of a run that could go on; choose another --logdir")
+        raise BadInput(f"{path} holds no training state; choose another --logdir")
     theirs = json.loads(str(flat["train/config"]))
     for name, ours in config.items():
         if ours != theirs.get(name):
@@ -872,7 +867,7 @@ def metrics_writer(logdir, start):
     path, columns = logdir / "metrics.csv", (
         "step", "loss", "learning_rate", "images_per_second", "test_accuracy")
     lines = path.read_text().splitlines()[1:] if path.exists() else []
-    lines = [line for line in lines if int(line.split(",")[0]) <= start]
+    lines = [line for line in lines if line.count(",") == 4 and int(line.split(",")[0]) <= start]
     logdir.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join([",".join(columns), *lines, ""]))
     board = None
@@ -891,9 +886,9 @@ def metrics_writer(logdir, start):
 
 # ------------------------------------------------------------------------------------- 6. Training
 
-PEAK_FLOPS = {  # dense bfloat16 products a second, by what JAX's name of the device contains
-    "H100": 989e12, "H200": 989e12, "A100": 312e12, "V100": 125e12, "L4": 121e12,
-    "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5p": 459e12, "TPU v6 lite": 918e12,
+PEAK_FLOPS = {  # dense bfloat16 operations a second, by what JAX's name of the device contains
+    "H100": 989e12, "H200": 989e12, "A100": 312e12, "TPU v4": 275e12, "TPU v5 lite": 197e12,
+    "TPU v5p": 459e12, "TPU v6 lite": 918e12,
 }
 
 
@@ -962,18 +957,19 @@ def evaluate(params, split, size, batch_size, dtype="float32", caught=()):
 
 def initial_params(options, num_classes):
     """The parameters to start from: random, or out of the checkpoint that --pretrained names."""
-    size = options["image_size"]
-    if options["pretrained"] == "none":
-        try:
-            key = jax.random.key(options["seed"])
-            return jax.device_get(init_params(key, options["model"], size, num_classes))
-        except ValueError as error:
-            raise BadInput(error) from None
-    params = load_pretrained(checkpoint_path(options), size, num_classes)
-    model = describe(unstack(params))[0]
-    if "model" in options["given"] and model != parse_model(options["model"]):
-        raise BadInput(f"{options['pretrained']} is of another architecture, (patch, width, depth, "
-                       f"heads, MLP width) = {model}, than --model={options['model']}")
+    source, name, size = options["pretrained"], options["model"], options["image_size"]
+    if source == "none":
+        patch = parse_model(name)[0]
+        if patch < 1 or size < patch or size % patch:
+            raise BadInput(f"--image_size={size} is not a multiple of the patch size of {name}")
+        key = jax.random.key(options["seed"])
+        params = jax.device_get(init_params(key, name, size, num_classes))
+    else:
+        params = load_pretrained(checkpoint_path(options), size, num_classes)
+        model = describe(unstack(params))[0]
+        if "model" in options["given"] and model != parse_model(name):
+            raise BadInput(f"{source} is of another architecture, (patch, width, depth, heads, MLP "
+                           f"width) = {model}, than --model={name}")
     return params
 
 
@@ -993,6 +989,11 @@ def train(options, data):
         params = initial_params(options, len(data["classes"]))
         state = {"params": params, "momentum": sgd_init(params), "step": np.int32(0)}
     step = start = int(state["step"])
+    if jax.process_count() > 1:
+        low, high = jax.pmap(lambda x: (jax.lax.pmin(x, "i"), jax.lax.pmax(x, "i")), "i")(
+            np.full(jax.local_device_count(), start))
+        if unreplicate(low) != unreplicate(high):
+            raise BadInput(f"not all hosts see the checkpoint {path}: they must share the disk")
     flops, devices = 3 * forward_flops(state["params"]), jax.devices()
     peak = sum(v for k, v in PEAK_FLOPS.items() if k in devices[0].device_kind) * len(devices)
     # Donated arguments give their memory to the results: no second copy of the state is needed.
@@ -1023,27 +1024,33 @@ def train(options, data):
     example = functools.partial(
         training_example, data["train"], size, options["augment"], options["seed"])
     indices = (i * batch_size + places for i in range(start, total_steps))
-    pending, clock, clock_step = collections.deque(), time.time(), start
-    for images, labels in batches(example, indices, size):
+    pending, stop, clock, clock_step = collections.deque(), False, time.time(), start
+    stream = batches(example, indices, size)
+    while step < total_steps:
+        try:
+            images, labels = next(stream)
+        except BadInput:  # an unreadable image: keep what was learned so far
+            save()
+            raise
         step += 1
         if step == 1 and jax.process_index() == 0:
             save_picture(logdir / "first_batch.png", images)
-        stop = np.full(len(images), bool(caught), np.float32)
-        state, results = update(state, images, labels, stop)
+        alpha = options["mixup_alpha"] or 1
+        mix = np.random.default_rng([options["seed"], 2, step]).beta(alpha, alpha)
+        state, results = update(state, images, labels, *(
+            np.full(len(images), x, np.float32) for x in (mix, bool(caught))))
         pending.append(results)
         logs, saves, tests = (step % options[name] == 0 or step == total_steps for name in (
             "log_every", "checkpoint_every", "eval_every"))
         # To read a result is to wait for it. Reading that of the step before keeps the device busy.
-        while len(pending) > (not (logs or saves or tests or caught or step == start + 1)):
-            loss, norm, stop = map(float, unreplicate(pending.popleft()))
+        while len(pending) > (not (logs or saves or tests or step == start + 1)):
+            loss, norm, rate, stop = map(float, unreplicate(pending.popleft()))
             if not math.isfinite(loss + norm):
                 raise BadInput(
                     f"the loss is {loss} and the gradient norm {norm} in step {step - len(pending)}"
                     "; try a lower --base_lr. The last good checkpoint: "
                     f"{path if path.exists() else 'none yet'}")
         if logs:
-            rate = float(learning_rate(step - 1, options["base_lr"], total_steps,
-                                       options["warmup_steps"], options["decay_type"]))
             speed = (step - clock_step) * batch_size / (time.time() - clock)
             record({"step": step, "loss": loss, "learning_rate": rate, "images_per_second": speed})
             left = round((total_steps - step) * batch_size / speed)
@@ -1085,21 +1092,20 @@ def attention_rollout(weights):
     after block (arXiv 2005.00928; the paper, figure 6).
     """
     weights = (weights.mean(axis=2) + np.eye(weights.shape[-1])) / 2  # [L, B, N, N], rows sum to 1
-    reached = functools.reduce(lambda below, block: block @ below, weights)[:, 0, 1:]  # [B, N-1]
-    grid = math.isqrt(reached.shape[1])
+    reached = functools.reduce(lambda below, block: block @ below, weights)[:, 0]  # [B, N]
+    grid = math.isqrt(reached.shape[1] - 1)
+    reached = reached[:, 1 : 1 + grid * grid]  # of the patches
     return (reached / reached.max(axis=1, keepdims=True)).reshape(-1, grid, grid)
 
 
 def classify(options):
     """Prints the five likeliest classes of each photo and writes NAME-attention.png here."""
-    path = checkpoint_path(options)
-    params, names = load_checkpoint(path), read_npz(path).get("class_names")
-    _, size, num_classes = describe(unstack(params))
-    size = options["image_size"] if "image_size" in options["given"] else size
+    params, size, names = load_trained(options)
+    num_classes = len(params["head"]["bias"])
     if names is None and num_classes == 1000:
         import tensorflow_datasets as tfds
         names = tfds.builder("imagenet2012").info.features["label"].names
-    run = jax.jit(functools.partial(forward, at_image_size(params, size), return_attention=True))
+    run = jax.jit(functools.partial(forward, params, return_attention=True))
     for photo in map(Path, options["paths"]):
         image = decode(photo, photo)
         logits, weights = run(to_pixels(to_array(image, size)[None], options["dtype"]))
@@ -1135,7 +1141,7 @@ FLAGS = {  # group: {flag: (default, meaning)}; a tuple lists the choices, the d
         "dropout": (0.0, "dropout rate"),
         "mixup_alpha": (0.0, "blend images in pairs by Beta(alpha, alpha); 0: never"),
         "augment": (("inception", "none"), "random crops and mirroring of training images"),
-        "seed": (0, "of head, order, crops, dropout and mixup"),
+        "seed": (0, "of initial values, order, crops, dropout, mixup"),
     },
     "run": {
         "logdir": ("runs/DATA", "folder of checkpoint.npz, metrics.csv, first_batch.png"),
@@ -1176,6 +1182,18 @@ def checkpoint_path(options):
     return Path(source)
 
 
+def load_trained(options):
+    """--pretrained as it is, to evaluate or classify: (params, image size, class names or None).
+
+    The image size is that of the checkpoint where --image_size is not given.
+    """
+    path = checkpoint_path(options)
+    params, names = load_checkpoint(path), read_npz(path).get("class_names")
+    size = describe(unstack(params))[1]
+    size = options["image_size"] if "image_size" in options["given"] else size
+    return at_image_size(params, size), size, names
+
+
 def parse_options(argv):
     """The command line as a dict: DATA, then the flags over PRESETS over DEFAULTS. BadInput."""
     parser = argparse.ArgumentParser(
@@ -1199,10 +1217,10 @@ def parse_options(argv):
                     {"type": type(default), "metavar": type(default).__name__.upper()})
             text = f"{meaning} ({', '.join(map(str, usual))})"
             group.add_argument(f"--{name}", help=text, **kind)
-    flags, unknown = parser.parse_known_args(argv)
+    flags, unknown = parser.parse_known_intermixed_args(argv)
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0], [f"--{n}" for n in DEFAULTS], 1)
-        refuse(f"unknown flag {unknown[0]}" + (f"; did you mean {near[0]}?" if near else ""))
+        refuse(f"unknown argument {unknown[0]}" + (f"; did you mean {near[0]}?" if near else ""))
     flags = vars(flags)
     data = flags["data"][0].rstrip("/")
     options = DEFAULTS | {"logdir": f"runs/{data.strip('./').replace('/', '-')}"}
@@ -1242,14 +1260,12 @@ def run(options):
     data = load_data(options["data"], options["data_dir"])
     if not options["eval_only"]:
         return train(options, data)
-    params = load_checkpoint(checkpoint_path(options))
-    _, size, num_classes = describe(unstack(params))
-    if num_classes != len(data["classes"]):
-        raise BadInput(f"{options['pretrained']} knows {num_classes} classes, {options['data']} "
-                       f"has {len(data['classes'])}")
-    size = options["image_size"] if "image_size" in options["given"] else size
-    evaluate(replicate(at_image_size(params, size)), data["test"], size,
-             options["batch_size"] // options["accum_steps"], options["dtype"])
+    params, size, _ = load_trained(options)
+    if len(params["head"]["bias"]) != len(data["classes"]):
+        raise BadInput(f"{options['pretrained']} knows {len(params['head']['bias'])} classes, "
+                       f"{options['data']} has {len(data['classes'])}")
+    evaluate(replicate(params), data["test"], size,
+             max(1, options["batch_size"] // options["accum_steps"]), options["dtype"])
     return 0
 
 
