@@ -587,12 +587,13 @@ def inception_crop(rng, width, height):
 
 
 def to_array(image, size, rng=None):
-    """Pillow image -> uint8 [size, size, 3], bilinear; with an rng a random crop, half of the time
-    mirrored. Pillow averages where it shrinks; where it enlarges it equals tf.image.resize.
+    """Pillow image -> uint8 [size, size, 3], bilinear; with an rng mirrored half of the time, and a
+    random crop. Pillow averages where it shrinks; where it enlarges it equals tf.image.resize.
     """
+    if rng and rng.random() < 0.5:
+        image = ImageOps.mirror(image)  # before it is enlarged, when there is less to turn
     box = inception_crop(rng, *image.size) if rng else None
-    pixels = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box))
-    return pixels[:, ::-1] if rng and rng.random() < 0.5 else pixels
+    return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box))
 
 
 @functools.lru_cache(2)
@@ -715,7 +716,8 @@ def train_step(state, images, labels, mix=1.0, stop=0.0, *, base_lr=0.03, total_
 
     state: dict of params, momentum and step (int32 []), the same on all devices. images: uint8
     [accum_steps, B, H, W, 3], labels: int32 [accum_steps, B]; mix: the weight for `mixup`; stop: 1
-    where the host has caught a signal. Gives the new state and (loss, gradient norm, rate, stop), means over all devices.
+    where the host has caught a signal. Gives the new state and, each the mean over all devices,
+    (loss, gradient norm, rate, stop).
 
     pmap compiles a function once and runs it on all devices at the same time, each with its own
     slice of the first axis of every argument. Numbers cross between devices at one point only,
@@ -765,6 +767,7 @@ def eval_step(params, images, labels, correct, dtype):
 @contextlib.contextmanager
 def replacing(path):
     """A binary file that takes the place of path at the end, at once, or leaves no trace."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
     try:
@@ -798,7 +801,7 @@ def fetch(url, folder, sha256=None):
 
     It is named only when complete and, if sha256 is given, of that SHA-256. Raises BadInput.
     """
-    path = folder / url.rsplit("/", 1)[-1]
+    path = Path(folder) / url.rsplit("/", 1)[-1]
     if path.exists():
         return path
     digest, done, shown = hashlib.sha256(), 0, 0
@@ -1179,7 +1182,7 @@ def checkpoint_path(options):
         source = RELEASED_URL.format(RELEASED[model])
     if source.startswith(("http://", "https://")):
         return fetch(source, options["data_dir"] / "downloads")
-    return Path(source)
+    return Path(source).expanduser()
 
 
 def load_trained(options):
@@ -1188,7 +1191,9 @@ def load_trained(options):
     The image size is that of the checkpoint where --image_size is not given.
     """
     path = checkpoint_path(options)
-    params, names = load_checkpoint(path), read_npz(path).get("class_names")
+    params = load_checkpoint(path)
+    with np.load(path) as file:
+        names = file.get("class_names")
     size = describe(unstack(params))[1]
     size = options["image_size"] if "image_size" in options["given"] else size
     return at_image_size(params, size), size, names
@@ -1230,11 +1235,12 @@ def parse_options(argv):
         least = name.endswith(("size", "_every", "total_steps", "accum_steps", "processes"))
         if isinstance(value, int | float) and not value >= least:
             refuse(f"--{name}={value} is too small, it must be at least {least:d}")
-    if options["dropout"] >= 1:
-        refuse(f"--dropout={options['dropout']} is too large, it must be below 1")
-    if options["warmup_steps"] >= options["total_steps"]:
-        refuse(f"--warmup_steps={options['warmup_steps']} is too large, it must be below "
-               f"--total_steps={options['total_steps']}")
+    if not options["grad_norm_clip"]:
+        refuse("--grad_norm_clip=0 would learn nothing; use inf for no clipping")
+    for name, limit in (("dropout", 1), ("warmup_steps", options["total_steps"]),
+                        ("process_id", options["num_processes"])):
+        if options[name] >= limit:
+            refuse(f"--{name}={options[name]} is too large, it must be below {limit}")
     try:
         parse_model(options["model"])
     except ValueError as error:
