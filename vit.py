@@ -530,9 +530,9 @@ def tfds_dataset(name, data_dir):
         builder = construct()
     except Exception as error:  # unknown names, configurations and versions raise differently
         known = ["digits", *CIFAR, *tfds.list_builders(with_community_datasets=False)]
-        near = difflib.get_close_matches(name.split("/")[0], known)
-        hint = f"did you mean {' or '.join(near)}?" if near else str(error)[:99]
-        raise BadInput(f"{name} is no file, folder or TFDS dataset; {hint}") from None
+        near = difflib.get_close_matches(name, known)
+        hint = f"did you mean {' or '.join(near)}?" if near and name not in near else error
+        raise BadInput(f"{name} is no file, folder or TFDS dataset; {str(hint)[:200]}") from None
     if not builder.info.splits or builder.info.file_format.value != "array_record":
         if not importlib.util.find_spec("tensorflow"):
             raise BadInput(
@@ -1280,7 +1280,8 @@ def main(argv=None):
     try:
         return run(parse_options(argv))
     except (BadInput, OSError) as error:
-        print("vit.py:", " ".join(str(error).split()), file=sys.stderr)
+        line = " ".join(str(error).split())
+        print("\n" * sys.stdout.isatty() + f"vit.py: {line}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
