@@ -4,7 +4,7 @@
 "An Image is Worth 16x16 Words" (Dosovitskiy et al., arXiv 2010.11929, "the paper" below) and the
 recipe of its code, google-research/vision_transformer ("the release"). Run it, read it, copy it:
 
-    python vit.py digits                  # learns to read digits in a minute; nothing to download
+    python vit.py digits                  # learns to read digits in half a minute; no download
     python vit.py cifar10                 # fine-tunes the released ViT-B/16
     python vit.py photo.jpg --pretrained=runs/cifar10/checkpoint.npz
 
@@ -324,8 +324,8 @@ def load_checkpoint(path):
         raise BadInput(f"{path} is no ViT checkpoint ({type(error).__name__}: {error})") from None
     expected = {name: array.shape for name, array in shapes.items()}
     expected |= {"pre_logits/kernel": (model[1], model[1]), "pre_logits/bias": (model[1],)}
-    expected = {name: shape for name, shape in expected.items()
-                if name in flat or name.split("/")[0] not in OPTIONAL}
+    absent = set(OPTIONAL) - {name.split("/")[0] for name in flat}
+    expected = {name: shape for name, shape in expected.items() if name.split("/")[0] not in absent}
     wrong = []
     for name in sorted(expected | flat):
         found, wanted = getattr(flat.get(name), "shape", "missing"), expected.get(name, "absent")
@@ -523,9 +523,7 @@ def tfds_dataset(name, data_dir):
     """
     import tensorflow_datasets as tfds  # only here: to import it takes longer than JAX
 
-    def construct(**options):
-        return tfds.builder(name, data_dir=data_dir, **options)
-
+    construct = functools.partial(tfds.builder, name, data_dir=data_dir)
     try:
         builder = construct()
     except Exception as error:  # unknown names, configurations and versions raise differently
@@ -541,7 +539,10 @@ def tfds_dataset(name, data_dir):
                 f"as t; t.builder(\"{name}\", data_dir=\"{data_dir}\", file_format=\"array_record\""
                 ").download_and_prepare()'")
         builder = construct(file_format="array_record")
-        builder.download_and_prepare()
+        try:
+            builder.download_and_prepare()
+        except Exception as error:  # no network, files to be put there by hand, ...
+            raise BadInput(f"TFDS could not prepare {name}: {error}") from None
     features, keys = dict(builder.info.features.items()), builder.info.supervised_keys
     image, label = keys if keys and len(keys) == 2 else ("image", "label")
     if not isinstance(features.get(label), tfds.features.ClassLabel):
@@ -672,7 +673,7 @@ def cross_entropy(logits, targets):
 
 
 def mixup(images, targets, weight):
-    """Blends a batch with itself reversed, weight [] : 1 - weight, images [B, ...] and targets
+    """Blends a batch with itself reversed as weight [] : (1 - weight), images [B, ...] and targets
     [B, K] alike (arXiv 1710.09412; the release draws one weight for a batch)."""
     return tuple(weight * x + (1 - weight) * x[::-1] for x in (images, targets))
 
@@ -716,8 +717,8 @@ def train_step(state, images, labels, mix=1.0, stop=0.0, *, base_lr=0.03, total_
 
     state: dict of params, momentum and step (int32 []), the same on all devices. images: uint8
     [accum_steps, B, H, W, 3], labels: int32 [accum_steps, B]; mix: the weight for `mixup`; stop: 1
-    where the host has caught a signal. Gives the new state and, each the mean over all devices,
-    (loss, gradient norm, rate, stop).
+    where the host has caught a signal. Gives the new state and (mean loss, norm of the mean
+    gradient, learning rate, mean stop).
 
     pmap compiles a function once and runs it on all devices at the same time, each with its own
     slice of the first axis of every argument. Numbers cross between devices at one point only,
@@ -838,16 +839,18 @@ def save_state(path, state, config, class_names):
                     config=json.dumps(config), **momentum)
 
 
-def load_state(path, config):
-    """The state that `save_state` wrote; BadInput where config says that it is of another run."""
+def load_state(path, config, class_names):
+    """The state that `save_state` wrote; BadInput where it is of a run that differs in the rest."""
     flat = read_npz(path)
     if "train/config" not in flat:
         raise BadInput(f"{path} holds no training state; choose another --logdir")
     theirs = json.loads(str(flat["train/config"]))
     for name, ours in config.items():
         if ours != theirs.get(name):
-            raise BadInput(f"{path} is of a run with --{name}={theirs.get(name)}, now it is {ours}"
-                           "; choose another --logdir")
+            raise BadInput(f"{path} is of a run with {name}={theirs.get(name)}, now it is {ours}; "
+                           "choose another --logdir")
+    if flat["class_names"].tolist() != list(class_names):
+        raise BadInput(f"{path} is of a run with other classes; choose another --logdir")
     prefix = "train/momentum/"
     momentum = {name.removeprefix(prefix): array.view(jnp.bfloat16) if array.dtype == np.uint16
                 else array for name, array in flat.items() if name.startswith(prefix)}
@@ -891,7 +894,7 @@ def metrics_writer(logdir, start):
 
 PEAK_FLOPS = {  # dense bfloat16 operations a second, by what JAX's name of the device contains
     "H100": 989e12, "H200": 989e12, "A100": 312e12, "TPU v4": 275e12, "TPU v5 lite": 197e12,
-    "TPU v5p": 459e12, "TPU v6 lite": 918e12,
+    "TPU v6 lite": 918e12,
 }
 
 
@@ -926,9 +929,9 @@ def shares(batch_size, accum_steps=1, mirrored=False):
     parts, unit = math.prod(shape), math.prod(shape) * (2 if mirrored else 1)
     if batch_size % unit:
         raise BadInput(
-            f"--batch_size={batch_size} does not divide by {parts // accum_steps} devices x "
+            f"--batch_size={batch_size} is no multiple of {parts // accum_steps} devices x "
             f"--accum_steps={accum_steps}{' x 2, for mixup' if mirrored else ''}; "
-            f"{-(-batch_size // unit) * unit} would")
+            f"{-(-batch_size // unit) * unit} is")
     places = np.arange(batch_size).reshape(parts, -1)
     if mirrored:
         front, back = places.reshape(2, parts, -1)
@@ -976,27 +979,33 @@ def initial_params(options, num_classes):
     return params
 
 
+def initial_state(options, class_names, path, config):
+    """The state to go on from: that in the checkpoint at path, a new one where there is none."""
+    if path.exists():
+        state = load_state(path, config, class_names)
+    else:
+        params = initial_params(options, len(class_names))
+        state = {"params": params, "momentum": sgd_init(params), "step": np.int32(0)}
+    if jax.process_count() > 1:
+        low, high = jax.pmap(lambda x: (jax.lax.pmin(x, "i"), jax.lax.pmax(x, "i")), "i")(
+            np.full(jax.local_device_count(), state["step"]))
+        if unreplicate(low) != unreplicate(high):
+            raise BadInput(f"not all hosts see the checkpoint {path}: they must share the disk")
+    return state
+
+
 def train(options, data):
     """Trains on data, a dataset, as options say (a dict, see FLAGS): exit status 0, 128 + signal.
 
     Writes checkpoint.npz, metrics.csv and first_batch.png to options["logdir"].
     """
-    total_steps, batch_size, size = (
-        options[name] for name in ("total_steps", "batch_size", "image_size"))
-    logdir, config = Path(options["logdir"]), {name: options[name] for name in IDENTITY}
-    path, hyper = logdir / "checkpoint.npz", {n: options[n] for n in train_step.__kwdefaults__}
+    total_steps, batch_size = options["total_steps"], options["batch_size"]
+    size, logdir = options["image_size"], Path(options["logdir"]).expanduser()
+    path, config = logdir / "checkpoint.npz", {name: options[name] for name in IDENTITY}
+    hyper = {name: options[name] for name in train_step.__kwdefaults__}
     places = shares(batch_size, options["accum_steps"], mirrored=options["mixup_alpha"] > 0)
-    if path.exists():
-        state = load_state(path, config)
-    else:
-        params = initial_params(options, len(data["classes"]))
-        state = {"params": params, "momentum": sgd_init(params), "step": np.int32(0)}
+    state = initial_state(options, data["classes"], path, config)
     step = start = int(state["step"])
-    if jax.process_count() > 1:
-        low, high = jax.pmap(lambda x: (jax.lax.pmin(x, "i"), jax.lax.pmax(x, "i")), "i")(
-            np.full(jax.local_device_count(), start))
-        if unreplicate(low) != unreplicate(high):
-            raise BadInput(f"not all hosts see the checkpoint {path}: they must share the disk")
     flops, devices = 3 * forward_flops(state["params"]), jax.devices()
     peak = sum(v for k, v in PEAK_FLOPS.items() if k in devices[0].device_kind) * len(devices)
     # Donated arguments give their memory to the results: no second copy of the state is needed.
@@ -1108,10 +1117,10 @@ def classify(options):
     if names is None and num_classes == 1000:
         import tensorflow_datasets as tfds
         names = tfds.builder("imagenet2012").info.features["label"].names
-    run = jax.jit(functools.partial(forward, params, return_attention=True))
+    run = jax.jit(functools.partial(forward, return_attention=True))
     for photo in map(Path, options["paths"]):
         image = decode(photo, photo)
-        logits, weights = run(to_pixels(to_array(image, size)[None], options["dtype"]))
+        logits, weights = run(params, to_pixels(to_array(image, size)[None], options["dtype"]))
         probabilities = np.asarray(jax.nn.softmax(logits[0]))
         light = Image.fromarray(attention_rollout(np.asarray(weights))[0].astype(np.float32))
         light = np.asarray(light.resize(image.size, Image.Resampling.BILINEAR))[..., None]
@@ -1180,8 +1189,10 @@ def checkpoint_path(options):
             raise BadInput(f"no checkpoint of {model} was released (only {', '.join(RELEASED)}); "
                            "use --pretrained=FILE, or --pretrained=none to train from scratch")
         source = RELEASED_URL.format(RELEASED[model])
+    if source == "none":
+        raise BadInput("evaluating and classifying need --pretrained=FILE")
     if source.startswith(("http://", "https://")):
-        return fetch(source, options["data_dir"] / "downloads")
+        return fetch(source, options["data_dir"] / "downloads" / source.split("/")[-2])
     return Path(source).expanduser()
 
 
@@ -1253,11 +1264,15 @@ def run(options):
     if not jax.config.jax_compilation_cache_dir:  # the same command need not compile again
         jax.config.update("jax_compilation_cache_dir", str(Path("~/.cache/vit.py").expanduser()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    if options["coordinator_address"] == "auto":
-        jax.distributed.initialize()
-    elif options["coordinator_address"]:
-        jax.distributed.initialize(*(
-            options[name] for name in ("coordinator_address", "num_processes", "process_id")))
+    address, *hosts = (
+        options[name] for name in ("coordinator_address", "num_processes", "process_id"))
+    if hosts[0] > 1 and not address:
+        raise BadInput(f"--num_processes={hosts[0]} needs the --coordinator_address of the first")
+    try:
+        if address:
+            jax.distributed.initialize(*(() if address == "auto" else (address, *hosts)))
+    except (ValueError, RuntimeError) as error:
+        raise BadInput(f"--coordinator_address={address}: {error}") from None
     photos = [path for path in options["paths"] if Path(path).is_file()]
     if len(photos) == len(options["paths"]):
         return classify(options)
