@@ -4,7 +4,7 @@
 "An Image is Worth 16x16 Words" (Dosovitskiy et al., arXiv 2010.11929, "the paper" below) and the
 recipe of its code, google-research/vision_transformer ("the release"). Run it, read it, copy it:
 
-    python vit.py digits                  # learns to read digits in half a minute; no download
+    python vit.py digits                  # learns to read digits in under a minute; no download
     python vit.py cifar10                 # fine-tunes the released ViT-B/16
     python vit.py photo.jpg --pretrained=runs/cifar10/checkpoint.npz
 
@@ -68,7 +68,8 @@ def parse_model(model):
         "H": (1280, 32, 16),
     }
     size, _, patch = model.removeprefix("ViT-").partition("_")
-    if model != f"ViT-{size}_{patch}" or size not in sizes or not patch.isdecimal():
+    known = model == f"ViT-{size}_{patch}" and size in sizes
+    if not known or not patch.isdecimal() or int(patch) == 0:
         raise ValueError(f"unknown model {model!r}; models are called ViT-SIZE_PATCH, like "
                          f"ViT-B_16, with SIZE one of {', '.join(sizes)} and PATCH a number")
     width, depth, heads = sizes[size]
@@ -199,7 +200,7 @@ def init_params(key, model, image_size, num_classes):
     patch size does not divide the image size.
     """
     patch, d, depth, heads, hidden = parse_model(model) if isinstance(model, str) else model
-    if patch < 1 or image_size < patch or image_size % patch:
+    if image_size < patch or image_size % patch:
         raise ValueError(f"image size {image_size} is not a multiple of the patch size {patch}")
     init, keys = jax.nn.initializers, iter(jax.random.split(key, 14))
 
@@ -361,15 +362,20 @@ def resize_position_embeddings(embeddings, grid):
     return np.concatenate([embeddings[:, :1], patches], axis=1).astype(np.float32)
 
 
+def check_image_size(image_size, patch):
+    """BadInput, with the nearest size that does, where patches do not fill an image (pixels)."""
+    if image_size < patch or image_size % patch:
+        raise BadInput(f"--image_size={image_size} is not a multiple of the patch size {patch}; "
+                       f"{max(1, round(image_size / patch)) * patch} is")
+
+
 def at_image_size(params, image_size):
     """params for images of image_size pixels: same arrays, position embeddings resized.
 
     BadInput where the patch size does not divide the image size.
     """
     patch, encoder = params["embedding"]["kernel"].shape[0], params["Transformer"]
-    if image_size < patch or image_size % patch:
-        raise BadInput(f"--image_size={image_size} is not a multiple of the patch size {patch}; "
-                       f"{max(1, round(image_size / patch)) * patch} is")
+    check_image_size(image_size, patch)
     embeddings = resize_position_embeddings(
         encoder["posembed_input"]["pos_embedding"], image_size // patch)
     return params | {"Transformer": encoder | {"posembed_input": {"pos_embedding": embeddings}}}
@@ -527,8 +533,8 @@ def tfds_dataset(name, data_dir):
     try:
         builder = construct()
     except Exception as error:  # unknown names, configurations and versions raise differently
-        known = ["digits", *CIFAR, *tfds.list_builders(with_community_datasets=False)]
-        near = difflib.get_close_matches(name, known)
+        known = {"digits", *CIFAR, *tfds.list_builders(with_community_datasets=False)}
+        near = difflib.get_close_matches(name, sorted(known))
         hint = f"did you mean {' or '.join(near)}?" if near and name not in near else error
         raise BadInput(f"{name} is no file, folder or TFDS dataset; {str(hint)[:200]}") from None
     if not builder.info.splits or builder.info.file_format.value != "array_record":
@@ -965,9 +971,7 @@ def initial_params(options, num_classes):
     """The parameters to start from: random, or out of the checkpoint that --pretrained names."""
     source, name, size = options["pretrained"], options["model"], options["image_size"]
     if source == "none":
-        patch = parse_model(name)[0]
-        if patch < 1 or size < patch or size % patch:
-            raise BadInput(f"--image_size={size} is not a multiple of the patch size of {name}")
+        check_image_size(size, parse_model(name)[0])
         key = jax.random.key(options["seed"])
         params = jax.device_get(init_params(key, name, size, num_classes))
     else:
