@@ -726,9 +726,10 @@ def train_step(state, images, labels, mix=1.0, stop=0.0, *, base_lr=0.03, total_
     where the host has caught a signal. Gives the new state and (mean loss, norm of the mean
     gradient, learning rate, mean stop).
 
-    pmap compiles a function once and runs it on all devices at the same time, each with its own
-    slice of the first axis of every argument. Numbers cross between devices at one point only,
-    `pmean`: it replaces the gradients (and loss and stop) by their mean over the devices.
+    pmap compiles a function once and runs it on all devices at the same time. Its in_axes say what
+    each is given: 0, its own slice of the first axis; None, all of it. Numbers cross between
+    devices at one point only, `pmean`: it replaces the gradients (and loss and stop) by their mean
+    over the devices. So all arrive at the same new state, and out_axes=None keeps it as it was.
     """
     params, key = state["params"], jax.random.fold_in(jax.random.key(seed), state["step"])
     accum_steps, num_classes = len(images), params["head"]["bias"].size
@@ -757,10 +758,11 @@ def train_step(state, images, labels, mix=1.0, stop=0.0, *, base_lr=0.03, total_
     return state, (value, norm, rate, stop)
 
 
-@functools.partial(jax.pmap, axis_name="devices", static_broadcasted_argnums=4)
+@functools.partial(jax.pmap, axis_name="devices", in_axes=(None, 0, 0, None, None), out_axes=None,
+                   static_broadcasted_argnums=4)
 def eval_step(params, images, labels, correct, dtype):
     """correct [] plus the number of uint8 images [B, H, W, 3] that get their label [B], on all
-    devices together. (pmapped: each argument has an axis of devices in front, but dtype.)"""
+    devices together. (pmapped: images and labels have an axis of devices in front.)"""
     guesses = forward(params, to_pixels(images, dtype)).argmax(axis=-1)
     return correct + jax.lax.psum((guesses == labels).sum(), "devices")
 
@@ -915,14 +917,9 @@ def forward_flops(params):
 
 
 def replicate(tree):
-    """Copies arrays [...] to each device of this host: [local devices, ...]."""
-    copy = jax.pmap(lambda _, tree: tree, in_axes=(0, None))
-    return copy(np.arange(jax.local_device_count()), tree)
-
-
-def unreplicate(tree):
-    """The copy on this host's first device, as NumPy arrays: the inverse of `replicate`."""
-    return jax.tree.map(lambda x: np.asarray(x.addressable_data(0))[0], tree)
+    """Copies arrays to each device, so that what pmap runs finds them there; same shapes."""
+    copy = jax.pmap(lambda tree, _: tree, in_axes=(None, 0), out_axes=None)
+    return copy(tree, np.arange(jax.local_device_count()))
 
 
 def shares(batch_size, accum_steps=1, mirrored=False):
@@ -950,19 +947,19 @@ def evaluate(params, split, size, batch_size, dtype="float32", caught=()):
 
     params: replicated. None where a signal was caught meanwhile.
     """
-    n, shown, correct = split[0], time.time(), replicate(np.int32(0))
+    n, shown, correct = split[0], time.time(), np.int32(0)
     batch_size = -(-batch_size // jax.device_count()) * jax.device_count()
     indices = (first + shares(batch_size)[:, 0] for first in range(0, n, batch_size))
     example = functools.partial(test_example, split, size)
     for i, (images, labels) in enumerate(batches(example, indices, size)):
         before, correct = correct, eval_step(params, images, labels, correct, dtype)
-        before.block_until_ready()  # so that no more than one batch waits on the device
+        jax.block_until_ready(before)  # so that no more than one batch waits on the device
         if caught and jax.process_count() == 1:
             return None
         if time.time() - shown > 5:
             say(f"evaluating: {i * batch_size} of {n} images", update=True)
             shown = time.time()
-    accuracy = int(unreplicate(correct)) / n
+    accuracy = int(correct) / n
     say(f"test accuracy {accuracy:.2%} of {n} images")
     return accuracy
 
@@ -991,9 +988,10 @@ def initial_state(options, class_names, path, config):
         params = initial_params(options, len(class_names))
         state = {"params": params, "momentum": sgd_init(params), "step": np.int32(0)}
     if jax.process_count() > 1:
-        low, high = jax.pmap(lambda x: (jax.lax.pmin(x, "i"), jax.lax.pmax(x, "i")), "i")(
+        low, high = jax.pmap(
+            lambda x: (jax.lax.pmin(x, "i"), jax.lax.pmax(x, "i")), "i", out_axes=None)(
             np.full(jax.local_device_count(), state["step"]))
-        if unreplicate(low) != unreplicate(high):
+        if low != high:
             raise BadInput(f"not all hosts see the checkpoint {path}: they must share the disk")
     return state
 
@@ -1013,12 +1011,13 @@ def train(options, data):
     flops, devices = 3 * forward_flops(state["params"]), jax.devices()
     peak = sum(v for k, v in PEAK_FLOPS.items() if k in devices[0].device_kind) * len(devices)
     # Donated arguments give their memory to the results: no second copy of the state is needed.
-    update = jax.pmap(functools.partial(train_step, **hyper), "devices", donate_argnums=0)
+    update = jax.pmap(functools.partial(train_step, **hyper), "devices",
+                      in_axes=(None, 0, 0, None, 0), out_axes=None, donate_argnums=0)
     state, caught = replicate(state), []
 
     def save():
         if jax.process_index() == 0:
-            save_state(path, unreplicate(state), config, data["classes"])
+            save_state(path, jax.device_get(state), config, data["classes"])
 
     def test():
         return evaluate(state["params"], data["test"], size, batch_size // options["accum_steps"],
@@ -1053,14 +1052,14 @@ def train(options, data):
             save_picture(logdir / "first_batch.png", images)
         alpha = options["mixup_alpha"] or 1
         mix = np.random.default_rng([options["seed"], 2, step]).beta(alpha, alpha)
-        state, results = update(state, images, labels, *(
-            np.full(len(images), x, np.float32) for x in (mix, bool(caught))))
+        state, results = update(state, images, labels, np.float32(mix),
+                                np.full(len(images), bool(caught), np.float32))
         pending.append(results)
         logs, saves, tests = (step % options[name] == 0 or step == total_steps for name in (
             "log_every", "checkpoint_every", "eval_every"))
         # To read a result is to wait for it. Reading that of the step before keeps the device busy.
         while len(pending) > (not (logs or saves or tests or step == start + 1)):
-            loss, norm, rate, stop = map(float, unreplicate(pending.popleft()))
+            loss, norm, rate, stop = map(float, pending.popleft())
             if not math.isfinite(loss + norm):
                 raise BadInput(
                     f"the loss is {loss} and the gradient norm {norm} in step {step - len(pending)}"
