@@ -445,13 +445,16 @@ def decode(file, name):
         raise BadInput(f"cannot read the image {name} ({error})") from None
 
 
+load_font = functools.cache(ImageFont.load_default)
+
+
 @functools.cache
 def draw_digit(seed, i):
     """Digit i modulo 10 in Pillow's built-in font, light on dark: (RGB image, 32 x 32; label)."""
     rng, label = np.random.default_rng([seed, i]), i % 10
     paper, ink = int(rng.integers(0, 60)), int(rng.integers(160, 256))
     image = Image.new("L", (32, 32), paper)
-    font = ImageFont.load_default(int(rng.integers(22, 31)))
+    font = load_font(int(rng.integers(22, 31)))
     ImageDraw.Draw(image).text(tuple(rng.integers(13, 20, 2)), str(label), ink, font, anchor="mm")
     image = image.rotate(rng.uniform(-15, 15), Image.Resampling.BILINEAR, fillcolor=paper)
     pixels = (np.asarray(image) + rng.normal(0, 8, (32, 32))).clip(0, 255).astype(np.uint8)
@@ -918,7 +921,7 @@ def forward_flops(params):
 
 def replicate(tree):
     """Copies arrays to each device, so that what pmap runs finds them there; same shapes."""
-    copy = jax.pmap(lambda tree, _: tree, in_axes=(None, 0), out_axes=None)
+    copy = jax.pmap(lambda tree, _: tree, "devices", in_axes=(None, 0), out_axes=None)
     return copy(tree, np.arange(jax.local_device_count()))
 
 
@@ -947,7 +950,7 @@ def evaluate(params, split, size, batch_size, dtype="float32", caught=()):
 
     params: replicated. None where a signal was caught meanwhile.
     """
-    n, shown, correct = split[0], time.time(), np.int32(0)
+    n, shown, correct = split[0], time.time(), replicate(np.int32(0))
     batch_size = -(-batch_size // jax.device_count()) * jax.device_count()
     indices = (first + shares(batch_size)[:, 0] for first in range(0, n, batch_size))
     example = functools.partial(test_example, split, size)
@@ -969,8 +972,8 @@ def initial_params(options, num_classes):
     source, name, size = options["pretrained"], options["model"], options["image_size"]
     if source == "none":
         check_image_size(size, parse_model(name)[0])
-        key = jax.random.key(options["seed"])
-        params = jax.device_get(init_params(key, name, size, num_classes))
+        init = jax.jit(init_params, static_argnums=(1, 2, 3))
+        params = jax.device_get(init(jax.random.key(options["seed"]), name, size, num_classes))
     else:
         params = load_pretrained(checkpoint_path(options), size, num_classes)
         model = describe(unstack(params))[0]
