@@ -803,6 +803,8 @@ def bad(tmp_path_factory):
     np.savez(root / "misshapen.npz", **flat | {key: np.zeros(7, np.float32)})
     np.savez(root / "nan.npz", **flat | {key: np.full(32, np.nan, np.float32)})
     np.savez(root / "ints.npz", **flat | {key: np.zeros(32, int)})
+    np.savez(root / "names.npz", **flat | {"class_names": np.array(["cat"])})
+    np.savez(root / "others.npz", **flat | {"class_names": np.array(["cat", "wolf"])})
     picture_folder(root / "one", classes=("cat",))
     picture_folder(root / "one", "test", classes=("cat",))
     picture_folder(root / "unknown")
@@ -849,6 +851,8 @@ def bad(tmp_path_factory):
      "cat/0.png"),
     ("cut_image --model=ViT-XS_8 --pretrained=none --image_size=16 --batch_size=16 --accum_steps=1",
      "dog/3.png"),
+    ("good --eval_only --pretrained=names.npz", "names 1 classes, its head has 2"),
+    ("good --eval_only --pretrained=others.npz", "knows other classes (cat, wolf, ...)"),
     ("text.jpg --pretrained=good.npz", "text.jpg"), ("bomb.png --pretrained=good.npz", "bomb.png"),
     ("text.jpg digits", "text.jpg digits"),
 ])

@@ -106,7 +106,7 @@ def patch_embedding(images, kernel, bias):
     """Cuts images into P x P patches and projects each (paper, eq. 1): [B, H, W, 3] -> [B, N-1, D].
 
     kernel [P, P, 3, D], bias [D]. The same as a convolution with kernel and stride P. TypeError
-    where H or W is no multiple of P.
+    (for NumPy's arrays ValueError) where H or W is no multiple of P.
     """
     b, h, w, c = images.shape
     p = kernel.shape[0]
@@ -729,10 +729,11 @@ def train_step(state, images, labels, mix=1.0, stop=0.0, *, base_lr=0.03, total_
     where the host has caught a signal. Gives the new state and (mean loss, norm of the mean
     gradient, learning rate, mean stop).
 
-    pmap compiles a function once and runs it on all devices at the same time. Its in_axes say what
-    each is given: 0, its own slice of the first axis; None, all of it. Numbers cross between
-    devices at one point only, `pmean`: it replaces the gradients (and loss and stop) by their mean
-    over the devices. So all arrive at the same new state, and out_axes=None keeps it as it was.
+    `train` wraps it in pmap, which compiles a function once and runs it on all devices at the same
+    time. Its in_axes say what each is given: 0, its own slice of the first axis; None, all of it.
+    Numbers cross between devices at one point only, `pmean`: it replaces the gradients (and loss
+    and stop) by their mean over the devices. So all arrive at the same new state, and with
+    out_axes=None pmap returns it once, as it came in.
     """
     params, key = state["params"], jax.random.fold_in(jax.random.key(seed), state["step"])
     accum_steps, num_classes = len(images), params["head"]["bias"].size
@@ -751,7 +752,7 @@ def train_step(state, images, labels, mix=1.0, stop=0.0, *, base_lr=0.03, total_
 
     zeros = 0.0, jax.tree.map(jnp.zeros_like, params)
     total, _ = jax.lax.scan(accumulate, zeros, (images, labels, jnp.arange(accum_steps)))
-    if jax.lax.psum(1, "devices") > 1:  # a device alone would only copy all of it (5 % of a step)
+    if jax.lax.psum(1, "devices") > 1:  # on one it would change nothing, but copy it all
         total, stop = jax.lax.pmean((total, stop), "devices")
     value, grads = total
     grads, norm = clip_by_global_norm(grads, grad_norm_clip)
@@ -761,13 +762,13 @@ def train_step(state, images, labels, mix=1.0, stop=0.0, *, base_lr=0.03, total_
     return state, (value, norm, rate, stop)
 
 
-@functools.partial(jax.pmap, axis_name="devices", in_axes=(None, 0, 0, None, None), out_axes=None,
-                   static_broadcasted_argnums=4)
-def eval_step(params, images, labels, correct, dtype):
-    """correct [] plus the number of uint8 images [B, H, W, 3] that get their label [B], on all
-    devices together. (pmapped: images and labels have an axis of devices in front.)"""
+@functools.partial(jax.pmap, axis_name="devices", in_axes=(None, 0, 0, None), out_axes=None,
+                   static_broadcasted_argnums=3)
+def eval_step(params, images, labels, dtype):
+    """How many of the uint8 images [B, H, W, 3] get their label [B], on all devices together: int32
+    []. (pmapped: images and labels have an axis of devices in front.)"""
     guesses = forward(params, to_pixels(images, dtype)).argmax(axis=-1)
-    return correct + jax.lax.psum((guesses == labels).sum(), "devices")
+    return jax.lax.psum((guesses == labels).sum(), "devices")
 
 
 # ---------------------------------------------------------------------------------------- 5. Files
@@ -778,7 +779,7 @@ def eval_step(params, images, labels, correct, dtype):
 
 @contextlib.contextmanager
 def replacing(path):
-    """A binary file that takes the place of path at the end, at once, or leaves no trace."""
+    """A binary file that takes the place of path at the end, at once, or leaves it as it was."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
@@ -878,7 +879,7 @@ def say(text, update=False):
 
 def metrics_writer(logdir, start):
     """A function that adds a row, a dict, to metrics.csv, and to TensorBoard's events if
-    tensorboardX is installed. Rows after step start, of a run that was killed, are dropped."""
+    tensorboardX is installed. Rows of the file after step start, of a killed run, are dropped."""
     if jax.process_index():
         return lambda row: None
     path, columns = logdir / "metrics.csv", (
@@ -920,7 +921,8 @@ def forward_flops(params):
 
 
 def replicate(tree):
-    """Copies arrays to each device, so that what pmap runs finds them there; same shapes."""
+    """Copies arrays to all devices, where train_step and eval_step, under pmap with the same axis
+    name, find them; same shapes. (The unused argument only says how many devices there are.)"""
     copy = jax.pmap(lambda tree, _: tree, "devices", in_axes=(None, 0), out_axes=None)
     return copy(tree, np.arange(jax.local_device_count()))
 
@@ -929,7 +931,8 @@ def shares(batch_size, accum_steps=1, mirrored=False):
     """Which places of a batch are this host's: int [local devices, accum_steps, B].
 
     mirrored: each B places hold i and batch_size - 1 - i at mirrored positions, so that reversing
-    them, as `mixup` does, is the same as reversing the batch. BadInput where it does not divide.
+    them, as `mixup` does, is the same as reversing the batch: 8 images on 2 devices are 0 1 6 7 and
+    2 3 4 5. BadInput where it does not divide.
     """
     shape = jax.process_count(), jax.local_device_count(), accum_steps
     parts, unit = math.prod(shape), math.prod(shape) * (2 if mirrored else 1)
@@ -948,21 +951,21 @@ def shares(batch_size, accum_steps=1, mirrored=False):
 def evaluate(params, split, size, batch_size, dtype="float32", caught=()):
     """The share of the images of a split that get their label, each counted once: a float.
 
-    params: replicated. None where a signal was caught meanwhile.
+    params: replicated. None where a signal was caught meanwhile (several hosts finish it).
     """
-    n, shown, correct = split[0], time.time(), replicate(np.int32(0))
+    n, shown, correct = split[0], time.time(), []
     batch_size = -(-batch_size // jax.device_count()) * jax.device_count()
     indices = (first + shares(batch_size)[:, 0] for first in range(0, n, batch_size))
     example = functools.partial(test_example, split, size)
     for i, (images, labels) in enumerate(batches(example, indices, size)):
-        before, correct = correct, eval_step(params, images, labels, correct, dtype)
-        jax.block_until_ready(before)  # so that no more than one batch waits on the device
+        correct.append(eval_step(params, images, labels, dtype))
+        jax.block_until_ready(correct[-2:-1])  # so that no more than one batch waits on the device
         if caught and jax.process_count() == 1:
             return None
         if time.time() - shown > 5:
             say(f"evaluating: {i * batch_size} of {n} images", update=True)
             shown = time.time()
-    accuracy = int(correct) / n
+    accuracy = sum(map(int, correct)) / n
     say(f"test accuracy {accuracy:.2%} of {n} images")
     return accuracy
 
@@ -1026,7 +1029,7 @@ def train(options, data):
         return evaluate(state["params"], data["test"], size, batch_size // options["accum_steps"],
                         options["dtype"], caught)
 
-    def catch(number, _):  # Ctrl-C or SIGTERM: finish the step; the second one kills
+    def catch(number, _):  # Ctrl-C or SIGTERM: finish the step; a second one kills
         caught.append(number)
         signal.signal(number, signal.SIG_DFL)
 
@@ -1053,8 +1056,9 @@ def train(options, data):
         step += 1
         if step == 1 and jax.process_index() == 0:
             save_picture(logdir / "first_batch.png", images)
-        alpha = options["mixup_alpha"] or 1
-        mix = np.random.default_rng([options["seed"], 2, step]).beta(alpha, alpha)
+        alpha, rng = options["mixup_alpha"], np.random.default_rng([options["seed"], 2, step])
+        mix = rng.beta(alpha, alpha) if alpha else 1
+        # This line learns; those before feed it, those after report and save.
         state, results = update(state, images, labels, np.float32(mix),
                                 np.full(len(images), bool(caught), np.float32))
         pending.append(results)
@@ -1211,6 +1215,9 @@ def load_trained(options):
     params = load_checkpoint(path)
     with np.load(path) as file:
         names = file.get("class_names")
+    if names is not None and names.shape != params["head"]["bias"].shape:
+        raise BadInput(f"{path} names {names.size} classes, its head has "
+                       f"{len(params['head']['bias'])}; mend or remove its entry class_names")
     size = describe(unstack(params))[1]
     size = options["image_size"] if "image_size" in options["given"] else size
     return at_image_size(params, size), size, names
@@ -1287,10 +1294,13 @@ def run(options):
     data = load_data(options["data"], options["data_dir"])
     if not options["eval_only"]:
         return train(options, data)
-    params, size, _ = load_trained(options)
+    params, size, names = load_trained(options)
     if len(params["head"]["bias"]) != len(data["classes"]):
         raise BadInput(f"{options['pretrained']} knows {len(params['head']['bias'])} classes, "
                        f"{options['data']} has {len(data['classes'])}")
+    if names is not None and names.tolist() != list(data["classes"]):
+        raise BadInput(f"{options['pretrained']} knows other classes ({', '.join(names[:3])}, ...) "
+                       f"than {options['data']} has")
     evaluate(replicate(params), data["test"], size,
              max(1, options["batch_size"] // options["accum_steps"]), options["dtype"])
     return 0
