@@ -752,7 +752,7 @@ def train_step(state, images, labels, mix=1.0, stop=0.0, *, base_lr=0.03, total_
 
     zeros = 0.0, jax.tree.map(jnp.zeros_like, params)
     total, _ = jax.lax.scan(accumulate, zeros, (images, labels, jnp.arange(accum_steps)))
-    if jax.lax.psum(1, "devices") > 1:  # on one it would change nothing, but copy it all
+    if jax.lax.psum(1, "devices") > 1:  # on one it would only copy it all (5 % of a step)
         total, stop = jax.lax.pmean((total, stop), "devices")
     value, grads = total
     grads, norm = clip_by_global_norm(grads, grad_norm_clip)
