@@ -482,8 +482,9 @@ def train(options, data):
                 test()  # which a signal had cut off
             indices = (i * options.batch_size + places for i in range(step, options.total_steps))
             for images, labels in batches(example, indices):
-                if step == 0:
-                    save_picture(Path(options.logdir, "first_batch.png"), images)
+                if step == 0:  # for a look at what the model sees
+                    row = np.hstack(images.reshape(-1, *images.shape[-3:])[:8])
+                    Image.fromarray(row).save(f"{options.logdir}/first_batch.png")
                 # This line learns; those before feed it, those after report and save.
                 state, loss, rate = train_step(state, images, labels, options)
                 jax.block_until_ready(previous)  # so the devices always have one more step to do
@@ -839,13 +840,6 @@ def record(options, run, step, loss="", rate="", speed="", accuracy=""):
               f"{speed:.1f} images/s  {minutes:.1f} minutes left", flush=True)
 
 
-def save_picture(path, images):
-    """The first of uint8 images [..., S, S, 3] as one picture: at most 8 x 8."""
-    images = images.reshape(-1, *images.shape[-3:])[:64]
-    rows = [np.hstack(images[i : i + 8]) for i in range(0, max(1, len(images) - 7), 8)]
-    Image.fromarray(np.vstack(rows)).save(path)
-
-
 def replicate(tree):
     """Copies arrays to all devices of all hosts, where pmap's in_axes=None finds them in place."""
     mesh = jax.sharding.Mesh(jax.devices(), "devices")
@@ -1105,7 +1099,7 @@ PRESETS = {  # what a dataset has instead of the defaults
 CHOICES = {"dtype": ("float32", "bfloat16"), "decay_type": ("cosine", "linear"),
            "augment": ("inception", "none")}
 MAY_BE_ZERO = ("warmup_steps", "base_lr", "dropout", "mixup_alpha", "seed", "process_id")
-MOST = {"image_size": 4096, "dropout": 0.99}  # of other numbers: 2**31 - 1
+BELOW = {"image_size": 4097, "dropout": 1}  # other numbers: below 2**31
 
 
 def parse_options(argv):
@@ -1125,15 +1119,14 @@ def parse_options(argv):
     flags = vars(parser.parse_intermixed_args(argv))
     for name, value in flags.items():
         if type(value) in (int, float):
-            least, most = 0 if name in MAY_BE_ZERO else 1e-9, MOST.get(name, 2**31 - 1)
-            require(least <= value <= most, f"--{name}={value} must be in {least} to {most}")
+            fits = 0 <= value < BELOW.get(name, 2**31) and (value or name in MAY_BE_ZERO)
+            require(fits, f"--{name}={value} is out of range")
     paths = ["imagenet2012" if path == "imagenet" else path for path in flags.pop("data")]
-    preset = {"logdir": f"runs/{paths[0].strip('./').replace('/', '-')}"}
+    preset = PRESETS.get(paths[0], {})
     if flags.get("eval_only") or all(map(os.path.isfile, paths)):
-        preset["image_size"] = 0
-    else:
-        preset |= PRESETS.get(paths[0], {})
-    options = Options(**(preset | flags))
+        preset = {"image_size": 0}  # what the checkpoint has
+    logdir = f"runs/{paths[0].strip('./').replace('/', '-')}"
+    options = Options(**({"logdir": logdir} | preset | flags))
     require("model" not in flags or options.pretrained in ("released", "none"),
             f"--model={options.model} is for --pretrained=released or none: a file says its own")
     with explained("use --model"):
