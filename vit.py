@@ -13,8 +13,7 @@ recipe of its code, google-research/vision_transformer ("the release"). Run it, 
     python vit.py cifar10                 # fine-tunes the released ViT-B/16
     python vit.py photo.jpg --pretrained=runs/cifar10/checkpoint.npz
 
-Parts 1 to 5 are the lesson: options, model, learning, examples, training. The rest feeds it:
-6 weights, 7 runs that lose nothing, 8 photos, 9 datasets, 10 the command line.
+Parts 1 to 5 are the lesson: options, model, learning, examples, training. The rest feeds it.
 
 Shapes: B images of H x W pixels, patches of P x P, N tokens (the class token included), width D,
 L blocks, A attention heads, K classes. Two ideas of JAX to begin with: a *pytree* is a nested dict
@@ -60,7 +59,6 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 @dataclasses.dataclass(frozen=True)
 class Options:
     """All flags, with the release's names and recipe. --help prints the comments."""
-
     # The model
     model: str = "ViT-B_16"  # ViT-SIZE_PATCH, sizes XS Ti S B L H, if --pretrained is no file
     pretrained: str = "released"  # checkpoint to start from: a file, an address, or none
@@ -87,7 +85,7 @@ class Options:
     eval_only: bool = False  # evaluate --pretrained, train nothing
     remat: bool = False  # keep less in memory for the gradient, compute more
     # Several hosts, one command on each
-    coordinator_address: str = ""  # HOST:PORT of the first; auto on clusters that JAX knows
+    coordinator_address: str = ""  # HOST:PORT of the first of several hosts, or auto
     num_processes: int = 1  # number of hosts
     process_id: int = 0  # number of this one, from 0
 
@@ -95,7 +93,7 @@ class Options:
 # ---------------------------------------------------------------------------------------- 2. Model
 
 SIZES = {  # width D, depth L, heads A: the paper, table 1; Ti and S: arXiv 2106.10270
-    "XS": (64, 3, 4),  # ours, small enough to learn digits on a CPU
+    "XS": (64, 2, 4),  # ours, small enough to learn digits on a CPU
     "Ti": (192, 12, 3),
     "S": (384, 12, 6),
     "B": (768, 12, 12),
@@ -107,19 +105,16 @@ SIZES = {  # width D, depth L, heads A: the paper, table 1; Ti and S: arXiv 2106
 def parse_model(model):
     """"ViT-B_16" -> (patch size P, width D, depth L, heads A, MLP width): ints, or ValueError."""
     size, _, patch = model.removeprefix("ViT-").partition("_")
-    if model != f"ViT-{size}_{patch}" or size not in SIZES or patch not in map(str, range(1, 1000)):
-        raise ValueError(f"unknown model {model!r}; models are called ViT-SIZE_PATCH, like "
-                         f"ViT-B_16, with SIZE one of {', '.join(SIZES)} and PATCH a number")
+    if not model.startswith("ViT-") or size not in SIZES or not patch.isdecimal() or patch == "0":
+        raise ValueError(f"{model!r} is no model; they are called like ViT-B_16: the size, one of "
+                         f"{', '.join(SIZES)}, and the patch size in pixels")
     width, depth, heads = SIZES[size]
     return int(patch), width, depth, heads, 4 * width
 
 
 def linear(x, kernel, bias):
-    """x @ kernel + bias: [..., I] -> [..., O], in the dtype of x.
-
-    Kernels of checkpoints may be [I, A, O/A] or so; as matrices [I, O] they need one large product,
-    which is what every device does best.
-    """
+    """x @ kernel + bias: [..., I] -> [..., O], in the dtype of x. Kernels of checkpoints may be
+    [I, A, O/A] or so; as matrices [I, O] they need one large product, which is quickest."""
     inputs = x.shape[-1]
     y = x.reshape(-1, inputs) @ kernel.reshape(inputs, -1).astype(x.dtype)
     return y.reshape(*x.shape[:-1], -1) + bias.reshape(-1).astype(x.dtype)
@@ -142,10 +137,8 @@ def dropout(x, key, rate):
 
 def patch_embedding(images, kernel, bias):
     """Cuts images into P x P patches and projects each (paper, eq. 1): [B, H, W, 3] -> [B, N-1, D].
-
-    kernel [P, P, 3, D], bias [D]. The same as a convolution with kernel and stride P. TypeError
-    (for NumPy's arrays ValueError) where H or W is no multiple of P.
-    """
+    kernel [P, P, 3, D], bias [D]: the same as a convolution with kernel and stride P. TypeError or
+    ValueError where H or W is no multiple of P."""
     b, h, w, c = images.shape
     p = kernel.shape[0]
     x = images.reshape(b, h // p, p, w // p, p, c)  # rows and columns of patches
@@ -179,9 +172,7 @@ def mlp(x, Dense_0, Dense_1, dropout_key=None, dropout_rate=0.0):
 
 def encoder_block(x, block, dropout_key=None, dropout_rate=0.0):
     """One pre-norm Transformer block (paper, eq. 2, 3): [B, N, D] -> [B, N, D], attention weights.
-
-    block: the parameters of one block, under the names of the released checkpoints.
-    """
+    block: the parameters of one block, under the names of the released checkpoints."""
     keys = [None] * 3 if dropout_key is None else jax.random.split(dropout_key, 3)
     y = layer_norm(x, **block["LayerNorm_0"])
     y, weights = attention(y, **block["MultiHeadDotProductAttention_1"])
@@ -245,11 +236,8 @@ def cross_entropy(logits, targets):
 
 
 def mixup(images, targets, share):
-    """Blends examples in pairs, as share : 1 - share: images [B, ...] and targets [B, K] alike.
-
-    The pairs are the batch and itself reversed (arXiv 1710.09412; the release). Here it is the part
-    of the batch that a device works on at a time: examples come in random order anyhow.
-    """
+    """Blends a batch with itself reversed, as share : 1 - share: images [B, ...] and targets [B, K]
+    alike (arXiv 1710.09412; the release). Examples come in random order, so any pairs will do."""
     return tuple(share * x + (1 - share) * x[::-1] for x in (images, targets))
 
 
@@ -277,9 +265,7 @@ def sgd_init(params):
 
 def sgd_update(params, momentum, grads, learning_rate, decay=0.9):
     """SGD with momentum, not Nesterov, without weight decay: new params and momentum.
-
-    decay * momentum is rounded to momentum's dtype; the sum and the update are float32.
-    """
+    decay * momentum is rounded to momentum's dtype; the sum and the update are float32."""
     total = jax.tree.map(lambda m, g: decay * m + g, momentum, grads)
     params = jax.tree.map(lambda p, m: p - learning_rate * m, params, total)
     return params, jax.tree.map(lambda old, m: m.astype(old.dtype), momentum, total)
@@ -333,8 +319,7 @@ def train_step(state, images, labels, options):
 @functools.partial(jax.pmap, axis_name="devices", in_axes=(None, 0, 0, None), out_axes=None,
                    static_broadcasted_argnums=3)
 def eval_step(params, images, labels, dtype):
-    """How many of the uint8 images [B, H, W, 3] get their label [B], on all devices together: int32
-    []. (pmapped: images and labels have an axis of devices in front.)"""
+    """How many uint8 images [devices, B, H, W, 3] get their label [devices, B] on all: int32 []."""
     guesses = forward(params, to_pixels(images, dtype)).argmax(axis=-1)
     return jax.lax.psum((guesses == labels).sum(), "devices")
 
@@ -412,16 +397,17 @@ def batches(example, indices, ahead=3):
     example(index) -> (image, label) runs in a pool of threads (Pillow lets them run in parallel),
     `ahead` batches before they are wanted. What it raises is raised here.
     """
-    pool, waiting = ThreadPoolExecutor(os.cpu_count()), collections.deque()
+    indices, pool, waiting = iter(indices), ThreadPoolExecutor(os.cpu_count()), []
     try:
-        for batch in itertools.chain(indices, [None] * ahead):  # None: no more to begin with
-            if batch is not None:
+        while True:
+            for batch in itertools.islice(indices, 1 + ahead - len(waiting)):
                 waiting.append((batch.shape, pool.map(example, batch.ravel())))
-            if waiting and (batch is None or len(waiting) > ahead):
-                shape, examples = waiting.popleft()
-                images, labels = zip(*examples, strict=True)
-                images = np.stack(images).reshape(*shape, *images[0].shape)
-                yield images, np.array(labels, np.int32).reshape(shape)
+            if not waiting:
+                return
+            shape, examples = waiting.pop(0)
+            images, labels = zip(*examples, strict=True)
+            images = np.stack(images).reshape(*shape, *images[0].shape)
+            yield images, np.array(labels, np.int32).reshape(shape)
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -478,7 +464,8 @@ def train(options, data):
             record(options, run, step, accuracy=accuracy)
 
         try:
-            if step and due(options.eval_every) and run["rows"][-1][-1] == "":
+            tested = [row[0] for row in run["rows"] if row[-1] != ""]
+            if step and due(options.eval_every) and step not in tested:
                 test()  # which a signal had cut off
             indices = (i * options.batch_size + places for i in range(step, options.total_steps))
             for images, labels in batches(example, indices):
@@ -801,8 +788,10 @@ def begin_or_resume(options, data):
                 arrays[f"train/{i}"].astype(zero.dtype) for i, zero in enumerate(zeros)])
     else:
         if options.pretrained == "none":
-            params = jax.jit(init_params, static_argnums=(1, 2, 3))(
-                jax.random.key(options.seed), options.model, options.image_size, len(classes))
+            init = jax.jit(init_params, static_argnums=(1, 2, 3),  # to run once: compiled in haste
+                           compiler_options={"xla_backend_optimization_level": 0})
+            key = jax.random.key(options.seed)
+            params = init(key, options.model, options.image_size, len(classes))
         else:
             params, _ = load_pretrained(options)
         params = adapt(params, options.image_size, len(classes))
@@ -870,15 +859,17 @@ def gather(name, value):
 
 def join_hosts(options, patience=300):
     """Makes one JAX of all hosts of --coordinator_address; where not all come within patience
-    seconds, the process ends. BadInput where their flags differ."""
+    seconds, or one calls `fail_together`, the process ends. BadInput where their flags differ."""
     address = options.coordinator_address
     require(re.fullmatch(r"auto|[^:]+:\d{1,5}", address),
             f"--coordinator_address={address!r} must be HOST:PORT of the first host, or auto")
-    hosts = () if address == "auto" else (address, options.num_processes, options.process_id)
-    late = threading.Timer(patience, leave, [f"not all hosts have come to {address}"])
+    print(f"waiting for all hosts to come to {address}, {patience} s at most", flush=True)
+    late = threading.Timer(patience, os._exit, [2])
     late.start()
+    hosts = () if address == "auto" else (address, options.num_processes, options.process_id)
     jax.distributed.initialize(*hosts, initialization_timeout=2 * patience)
     late.cancel()
+    threading.Thread(target=watch_hosts).start()
     if jax.process_index() > 0:
         sys.stdout = None  # print does nothing then: the first host speaks for all
     for name in (*FIXED, "accum_steps", "log_every", "eval_every", "eval_only"):
@@ -886,11 +877,22 @@ def join_hosts(options, patience=300):
         require(len({*values}) == 1, f"the hosts have different --{name}: {values}")
 
 
-def leave(line):
-    """Prints a line and ends this host at once; the others fail when they next exchange gradients.
-    (JAX's own way out would wait for them, for minutes.)"""
-    print(f"vit.py: {line}", file=sys.stderr, flush=True)
-    os._exit(2)
+def fail_together():
+    """Ends all hosts with status 2. (A usual exit of one would wait for the others, for minutes.)"""
+    store = jax._src.distributed.global_state.client
+    store.key_value_set(f"failed/{jax.process_index()}", "")
+    threading.Event().wait()  # for watch_hosts, here as on the others
+
+
+def watch_hosts():
+    """Looks every second whether a host has failed; then this one ends, too."""
+    store = jax._src.distributed.global_state.client
+    while threading.main_thread().is_alive():
+        time.sleep(1)
+        for name, _ in store.key_value_dir_get("failed/"):
+            print(f"vit.py: all hosts end: {name}", file=sys.stderr, flush=True)
+            time.sleep(2)  # the store ends with the first host; till then all have looked
+            os._exit(2)
 
 
 # --------------------------------------------------------------------------------------- 8. Photos
@@ -1178,9 +1180,9 @@ def main(argv=None):
             line = f"out of memory: try a larger --accum_steps, or --remat ({line[:300]})"
         elif not isinstance(error, (BadInput, OSError, OverflowError)):
             sys.excepthook(*sys.exc_info())  # a bug of ours: its traceback
+        print(f"vit.py: {line}", file=sys.stderr, flush=True)
         if jax.process_count() > 1:
-            leave(line)
-        print(f"vit.py: {line}", file=sys.stderr)
+            fail_together()
         return 2
 
 
