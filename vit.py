@@ -347,7 +347,8 @@ class Split:
 @functools.cache
 def draw_digit(i):
     """Digit i modulo 10 in Pillow's built-in font, light on dark: (RGB image, 32 x 32; label)."""
-    rng, label = np.random.default_rng(i), i % 10
+    label = i % 10
+    rng = np.random.default_rng(i)
     paper, ink = int(rng.integers(0, 60)), int(rng.integers(160, 256))
     image = Image.new("L", (32, 32), paper)
     font = load_font(int(rng.integers(22, 31)))
@@ -397,7 +398,9 @@ def batches(example, indices, ahead=3):
     example(index) -> (image, label) runs in a pool of threads (Pillow lets them run in parallel),
     `ahead` batches before they are wanted. What it raises is raised here.
     """
-    indices, pool, waiting = iter(indices), ThreadPoolExecutor(os.cpu_count()), []
+    pool = ThreadPoolExecutor(os.cpu_count())
+    indices = iter(indices)
+    waiting = []
     try:
         while True:
             for batch in itertools.islice(indices, 1 + ahead - len(waiting)):
@@ -421,19 +424,19 @@ def evaluate(params, split, batch_size, dtype="float32", signals=()):
     params: on all devices, see `replicate`; they say the image size. KeyboardInterrupt where
     signals, see `noted_signals`, have come meanwhile (several hosts finish first).
     """
-    n, correct, previous, shown = len(split), 0, 0, time.time()
+    n = len(split)
     batch_size = math.ceil(batch_size / jax.device_count()) * jax.device_count()
     indices = (first + shares(batch_size)[:, 0] for first in range(0, n, batch_size))
     example = functools.partial(test_example, split, image_size_of(params))
+    correct = previous = 0
     for i, (images, labels) in enumerate(batches(example, indices)):
         newest = eval_step(params, images, labels, dtype)
         correct += int(previous)  # to read is to wait; meanwhile the devices have the newest batch
         previous = newest
         if signals and jax.process_count() == 1:
             raise KeyboardInterrupt(*signals)
-        if time.time() - shown > 10:
+        if i % 50 == 49:
             print(f"evaluating: {i * batch_size} of {n} images", flush=True)
-            shown = time.time()
     accuracy = (correct + int(previous)) / n
     print(f"test accuracy {accuracy:.2%} of {n} images", flush=True)
     return accuracy
@@ -520,8 +523,10 @@ def init_params(key, model, image_size, num_classes):
     and distributions are the release's. ValueError for an unknown name.
     """
     patch, d, depth, heads, hidden = parse_model(model) if isinstance(model, str) else model
-    tokens, per_head = 1 + (image_size // patch) ** 2, [heads, d // heads]
-    init, keys = jax.nn.initializers, iter(jax.random.split(key, 14))
+    per_head = [heads, d // heads]
+    tokens = 1 + (image_size // patch) ** 2
+    keys = iter(jax.random.split(key, 14))
+    init = jax.nn.initializers
 
     def dense(inputs, outputs, bias_init=init.zeros):  # [L, *inputs, *outputs], [L, *outputs]
         in_axes, out_axes = tuple(range(1, 1 + len(inputs))), tuple(range(-len(outputs), 0))
@@ -633,15 +638,19 @@ def load_checkpoint(path):
 def load_pretrained(options, fine_tuned=False):
     """What --pretrained names, as it is: (params, list of K class names or None). BadInput.
     fine_tuned: "released" means the checkpoint that was fine-tuned on ImageNet."""
-    source, known = options.pretrained, FINE_TUNED if fine_tuned else PRETRAINED
+    source = options.pretrained
     if source == "released":
+        known = FINE_TUNED if fine_tuned else PRETRAINED
         require(options.model in known, f"no such checkpoint of {options.model} was released, but "
                 f"of {', '.join(known)}; use --pretrained=FILE, or none to train from scratch")
         source = RELEASED_URL.format(known[options.model])
-    is_address = source.startswith(("http://", "https://"))
-    arrays = fetch(source, options, read_npz) if is_address else read_npz(Path(source).expanduser())
-    params, names = read_params(arrays, source), arrays.get("class_names")
+    if source.startswith(("http://", "https://")):
+        arrays = fetch(source, options, read_npz)
+    else:
+        arrays = read_npz(os.path.expanduser(source))
+    params = read_params(arrays, source)
     num_classes = len(params["head"]["bias"])
+    names = arrays.get("class_names")
     if names is None and fine_tuned and num_classes == 1000:
         names = fetch(IMAGENET_NAMES, options, lambda path: np.array(path.read_text().splitlines()))
     require(names is None or names.shape == (num_classes,),
@@ -689,7 +698,8 @@ def image_size_of(params):
 def adapt(params, image_size, num_classes=None):
     """params for images of image_size pixels (paper, section 3.2); with num_classes, to be fine-
     tuned: pre_logits dropped, the head all zeros. BadInput where patches do not fill an image."""
-    patch, encoder = params["embedding"]["kernel"].shape[0], params["Transformer"]
+    encoder = params["Transformer"]
+    patch = params["embedding"]["kernel"].shape[0]
     nearest = max(1, round(image_size / patch)) * patch
     require(image_size == nearest,
             f"--image_size={image_size} is not a multiple of the patch size {patch}; {nearest} is")
@@ -727,9 +737,8 @@ def explained(action, way_out=""):
     except BadInput:
         raise
     except Exception as error:
-        text = " ".join(f"{type(error).__name__}: {error}".split())
-        text = text if len(text) < 300 else f"{text[:100]} ... {text[-200:]}"
-        raise BadInput(f"cannot {action} ({text}){way_out}") from error
+        reason = f"{type(error).__name__}: {str(error)[-300:]}"
+        raise BadInput(f"cannot {action} ({reason}){way_out}") from error
 
 
 @contextlib.contextmanager
@@ -740,12 +749,14 @@ def locked(folder):
         os.makedirs(folder, exist_ok=True)
         file = os.open(f"{folder}/.lock-{jax.process_index()}", os.O_CREAT | os.O_WRONLY)
     try:
-        with contextlib.suppress(ImportError):  # Windows has no such locks
-            import fcntl
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise BadInput(f"another run is at work in {folder}; choose another --logdir") from None
+    except (ImportError, OSError):
+        pass  # neither Windows nor every network disk has such locks
+    try:
+        yield
     finally:
         os.close(file)
 
@@ -754,7 +765,8 @@ def locked(folder):
 def noted_signals():
     """A list that the first Ctrl-C or SIGTERM is added to; the second one ends the process at once.
     Handlers are put back afterwards; threads other than the main one cannot have any."""
-    noted, before = [], {}
+    noted = []
+    before = {}
 
     def note(number, _):
         noted.append(number)
@@ -772,9 +784,10 @@ def noted_signals():
 def begin_or_resume(options, data):
     """(state, on all devices; run, what else is saved: options and data, which must not change when
     it goes on, and the rows of metrics.csv): new, or from checkpoint.npz. BadInput."""
-    path, classes = f"{options.logdir}/checkpoint.npz", [*data["classes"]]
-    fixed = {name: getattr(options, name) for name in FIXED} | {
-        "classes": classes, "training images": len(data["train"])}
+    path = f"{options.logdir}/checkpoint.npz"
+    classes = [*data["classes"]]
+    fixed = {name: getattr(options, name) for name in FIXED}
+    fixed |= {"classes": classes, "training images": len(data["train"])}
     if os.path.exists(path):
         arrays = read_npz(path)
         with explained(f"go on from {path}", "; choose another --logdir"):
@@ -809,8 +822,8 @@ def save_run(options, state, run):
         more = {f"train/{i}": np.float32(leaf)
                 for i, leaf in enumerate(jax.tree.leaves(state["momentum"]))}
         more |= {"train/step": state["step"], "train/run": np.array(json.dumps(run))}
-        path, classes = f"{options.logdir}/checkpoint.npz", run["fixed"]["classes"]
-        save_checkpoint(path, state["params"], classes, **more)
+        path = f"{options.logdir}/checkpoint.npz"
+        save_checkpoint(path, state["params"], run["fixed"]["classes"], **more)
 
 
 def record(options, run, step, loss="", rate="", speed="", accuracy=""):
@@ -878,7 +891,7 @@ def join_hosts(options, patience=300):
 
 
 def fail_together():
-    """Ends all hosts with status 2. (A usual exit of one would wait for the others, for minutes.)"""
+    """Ends all hosts with status 2. (A usual exit of one would wait for the rest, for minutes.)"""
     store = jax._src.distributed.global_state.client
     store.key_value_set(f"failed/{jax.process_index()}", "")
     threading.Event().wait()  # for watch_hosts, here as on the others
@@ -1067,11 +1080,12 @@ def tfds_dataset(name, data_dir):
         image, label = builder.info.supervised_keys or ("image", "label")
         classes = builder.info.features[label].names
         parts = [part for part in ("train", "test", "validation") if part in builder.info.splits]
-        parts = parts[:2] if len(parts) > 1 else ("train[:90%]", "train[90%:]")
         if name == "imagenet2012":  # as the release
-            parts = ("train[:99%]", "validation")
+            parts = ["train[:99%]", "validation"]
+        elif len(parts) == 1:
+            parts = ["train[:90%]", "train[90%:]"]
         train, test = (builder.as_data_source(part, decoders={image: tfds.decode.SkipDecoding()})
-                       for part in parts)
+                       for part in parts[:2])
 
     def read(example):
         require(example[label] >= 0, f"{name} has images without a label")
