@@ -13,7 +13,9 @@ recipe of its code, google-research/vision_transformer ("the release"). Run it, 
     python vit.py cifar10                 # fine-tunes the released ViT-B/16
     python vit.py photo.jpg --pretrained=runs/cifar10/checkpoint.npz
 
-Parts 1 to 5 are the lesson: options, model, learning, examples, training. The rest feeds it.
+Parts 1 to 5 are the lesson: options, model, learning, examples, training. The rest feeds it: 6
+weights, 7 runs that lose nothing, 8 several devices and hosts, 9 photos, 10 datasets, 11 command
+line. Nearly all of it raises BadInput, with one line to print, where the user has made a mistake.
 
 Shapes: B images of H x W pixels, patches of P x P, N tokens (the class token included), width D,
 L blocks, A attention heads, K classes. Two ideas of JAX to begin with: a *pytree* is a nested dict
@@ -89,6 +91,9 @@ class Options:
     num_processes: int = 1  # number of hosts
     process_id: int = 0  # number of this one, from 0
 
+    def __post_init__(self):
+        check_options(self)
+
 
 # ---------------------------------------------------------------------------------------- 2. Model
 
@@ -113,8 +118,8 @@ def parse_model(model):
 
 
 def linear(x, kernel, bias):
-    """x @ kernel + bias: [..., I] -> [..., O], in the dtype of x. Kernels of checkpoints may be
-    [I, A, O/A] or so; as matrices [I, O] they need one large product, which is quickest."""
+    """x @ kernel + bias: [..., I] -> [..., O], in the dtype of x. Kernels may be split into heads,
+    [D, A, D/A] or [A, D/A, D]; as one matrix [I, O] they need one large product, the quickest."""
     inputs = x.shape[-1]
     y = x.reshape(-1, inputs) @ kernel.reshape(inputs, -1).astype(x.dtype)
     return y.reshape(*x.shape[:-1], -1) + bias.reshape(-1).astype(x.dtype)
@@ -201,20 +206,21 @@ def forward(params, images, dropout_key=None, dropout_rate=0.0, remat=False,
     cls = jnp.broadcast_to(params["cls"].astype(x.dtype), (x.shape[0], 1, x.shape[2]))
     x = jnp.concatenate([cls, x], axis=1)  # [B, N, D]
     x = x + encoder["posembed_input"]["pos_embedding"].astype(x.dtype)
-    keys = None
+    block_keys = None  # then each block gets None
     if dropout_key is not None:
         keys = jax.random.split(dropout_key, 1 + blocks["LayerNorm_0"]["scale"].shape[0])
-        x, keys = dropout(x, keys[0], dropout_rate), keys[1:]  # a key for each block
+        x = dropout(x, keys[0], dropout_rate)
+        block_keys = keys[1:]
 
-    def step(x, block_and_key):
+    def apply_block(x, block_and_key):
         x, weights = encoder_block(x, *block_and_key, dropout_rate)
-        return x, weights if return_attention else None
+        return x, (weights if return_attention else None)
 
     keep = None if remat else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    # scan calls step on slice after slice of the stacked blocks, carrying x along. A Python loop
+    apply_block = jax.checkpoint(apply_block, policy=keep, prevent_cse=False)
+    # scan applies it to slice after slice of the stacked blocks, carrying x along. A Python loop
     # would do the same, but XLA would have to compile every block by itself.
-    step = jax.checkpoint(step, policy=keep, prevent_cse=False)
-    x, weights = jax.lax.scan(step, x, (blocks, keys))
+    x, weights = jax.lax.scan(apply_block, x, (blocks, block_keys))
     x = layer_norm(x, **encoder["encoder_norm"])[:, 0]  # the class token: [B, N, D] -> [B, D]
     if "pre_logits" in params:  # in the ImageNet-21k checkpoints of the paper
         x = jnp.tanh(linear(x, **params["pre_logits"]))
@@ -236,15 +242,19 @@ def cross_entropy(logits, targets):
 
 
 def mixup(images, targets, share):
-    """Blends a batch with itself reversed, as share : 1 - share: images [B, ...] and targets [B, K]
-    alike (arXiv 1710.09412; the release). Examples come in random order, so any pairs will do."""
-    return tuple(share * x + (1 - share) * x[::-1] for x in (images, targets))
+    """Blends neighbours 0 and 1, 2 and 3, ... as share : 1 - share: images [B, ...] and targets
+    [B, K] alike, B even (arXiv 1710.09412). The release pairs a batch with itself reversed. In
+    random order any pairs will do, and these stay together however a batch is shared out."""
+    def swap(x):
+        return x.reshape(-1, 2, *x.shape[1:])[:, ::-1].reshape(x.shape)
+
+    return tuple(share * x + (1 - share) * swap(x) for x in (images, targets))
 
 
 def learning_rate(step, base_lr, total_steps, warmup_steps, decay_type="cosine"):
     """The rate of update `step`, the first being 0: a linear warm-up from 0 to base_lr, then cosine
     to 0 or linear to 1e-5, as the release. Int (or int array) -> float32."""
-    progress = jnp.clip((step - warmup_steps) / (total_steps - warmup_steps), 0, 1)
+    progress = jnp.clip((step - warmup_steps) / max(1, total_steps - warmup_steps), 0, 1)
     if decay_type == "cosine":
         rate = base_lr * (1 + jnp.cos(jnp.pi * progress)) / 2
     else:
@@ -277,8 +287,8 @@ def train_step(state, images, labels, options):
     """One update, as each device runs it on its share of the batch: new state, loss, learning rate.
 
     state: dict of params, momentum and step (int32 []), the same on all devices. images: uint8
-    [accum_steps, B, H, W, 3]; labels: int32 [accum_steps, B]; both have an axis of devices in front
-    when it is called.
+    [accum_steps, B, H, W, 3]; labels: int32 [accum_steps, B]; the caller puts an axis of devices
+    in front of both.
 
     `pmap` compiles a function once and runs it on all devices at the same time. Its in_axes say
     what each is given: 0, its own slice of the first axis; None, all of it. A static argument is
@@ -291,29 +301,30 @@ def train_step(state, images, labels, options):
     key = jax.random.fold_in(jax.random.key(options.seed), state["step"])
     mixup_key, dropout_key = jax.random.split(key)
 
-    def loss(params, images, labels, part):
+    def loss_of(params, images, labels, number):
         images, targets = to_pixels(images), jax.nn.one_hot(labels, num_classes)
         if options.mixup_alpha:
             share = jax.random.beta(mixup_key, options.mixup_alpha, options.mixup_alpha)
             images, targets = mixup(images, targets, share)
-        part_key = jax.random.fold_in(dropout_key, part) if options.dropout else None
-        logits = forward(params, images.astype(options.dtype), part_key, options.dropout,
-                         options.remat)
+        key = jax.random.fold_in(dropout_key, number) if options.dropout else None
+        logits = forward(params, images.astype(options.dtype), key, options.dropout, options.remat)
         return cross_entropy(logits, targets) / options.accum_steps
 
-    def accumulate(total, part):
-        return jax.tree.map(jnp.add, total, jax.value_and_grad(loss)(params, *part)), None
+    def accumulate(total, micro_batch):
+        new = jax.value_and_grad(loss_of)(params, *micro_batch)
+        return jax.tree.map(jnp.add, total, new), None
 
     zeros = 0.0, jax.tree.map(jnp.zeros_like, params)
-    parts = jax.lax.axis_index("devices") * options.accum_steps + jnp.arange(options.accum_steps)
-    (value, grads), _ = jax.lax.scan(accumulate, zeros, (images, labels, parts))
+    first = jax.lax.axis_index("devices") * options.accum_steps
+    micro_batches = images, labels, first + jnp.arange(options.accum_steps)
+    (loss, grads), _ = jax.lax.scan(accumulate, zeros, micro_batches)
     if jax.device_count() > 1:  # on one it would only copy it all (5 % of a step)
-        value, grads = jax.lax.pmean((value, grads), "devices")
+        loss, grads = jax.lax.pmean((loss, grads), "devices")
     grads, _ = clip_by_global_norm(grads, options.grad_norm_clip)
     rate = learning_rate(state["step"], options.base_lr, options.total_steps, options.warmup_steps,
                          options.decay_type)
     params, momentum = sgd_update(params, state["momentum"], grads, rate)
-    return {"params": params, "momentum": momentum, "step": state["step"] + 1}, value, rate
+    return {"params": params, "momentum": momentum, "step": state["step"] + 1}, loss, rate
 
 
 @functools.partial(jax.pmap, axis_name="devices", in_axes=(None, 0, 0, None), out_axes=None,
@@ -399,18 +410,20 @@ def batches(example, indices, ahead=3):
     `ahead` batches before they are wanted. What it raises is raised here.
     """
     pool = ThreadPoolExecutor(os.cpu_count())
-    indices = iter(indices)
-    waiting = []
+    waiting = collections.deque()
+
+    def finish(shape, examples):
+        images, labels = zip(*examples, strict=True)
+        images = np.stack(images).reshape(*shape, *images[0].shape)
+        return images, np.array(labels, np.int32).reshape(shape)
+
     try:
-        while True:
-            for batch in itertools.islice(indices, 1 + ahead - len(waiting)):
-                waiting.append((batch.shape, pool.map(example, batch.ravel())))
-            if not waiting:
-                return
-            shape, examples = waiting.pop(0)
-            images, labels = zip(*examples, strict=True)
-            images = np.stack(images).reshape(*shape, *images[0].shape)
-            yield images, np.array(labels, np.int32).reshape(shape)
+        for batch in indices:
+            waiting.append((batch.shape, pool.map(example, batch.ravel())))
+            if len(waiting) > ahead:
+                yield finish(*waiting.popleft())
+        while waiting:
+            yield finish(*waiting.popleft())
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -448,55 +461,66 @@ def train(options, data):
 
     Writes first_batch.png, metrics.csv and checkpoint.npz to options.logdir and returns params, a
     nested dict of NumPy arrays. The same call goes on from checkpoint.npz, with the same results as
-    if nothing had happened. BadInput where something does not fit, KeyboardInterrupt after a
-    signal; whatever ends a run, the steps so far are saved.
+    if nothing had happened. BadInput where something does not fit; KeyboardInterrupt after Ctrl-C
+    or SIGTERM, when the steps so far are saved.
     """
-    places = shares(options.batch_size, options.accum_steps)
-    example = functools.partial(training_example, data["train"], options)
-    with locked(options.logdir), noted_signals() as signals:
+    with locked(options.logdir):
         state, run = begin_or_resume(options, data)
-        step = saved = timed = int(state["step"])
-        clock, previous = time.time(), None
+        with noted_signals() as signals:
+            return training_loop(options, data, state, run, signals)
 
-        def due(every):
-            return step % every == 0 or step == options.total_steps
 
-        def test():
-            accuracy = evaluate(state["params"], data["test"],
-                                options.batch_size // options.accum_steps, options.dtype, signals)
-            record(options, run, step, accuracy=accuracy)
+def training_loop(options, data, state, run, signals):
+    """What `train` does from state on; run: see `begin_or_resume`; signals: `noted_signals`."""
+    step = saved = timed = int(state["step"])
+    clock, previous_loss = time.perf_counter(), None
 
-        try:
-            tested = [row[0] for row in run["rows"] if row[-1] != ""]
-            if step and due(options.eval_every) and step not in tested:
-                test()  # which a signal had cut off
-            indices = (i * options.batch_size + places for i in range(step, options.total_steps))
-            for images, labels in batches(example, indices):
-                if step == 0:  # for a look at what the model sees
-                    row = np.hstack(images.reshape(-1, *images.shape[-3:])[:8])
-                    Image.fromarray(row).save(f"{options.logdir}/first_batch.png")
-                # This line learns; those before feed it, those after report and save.
-                state, loss, rate = train_step(state, images, labels, options)
-                jax.block_until_ready(previous)  # so the devices always have one more step to do
-                previous, step = loss, step + 1
-                logs, tests = due(options.log_every), due(options.eval_every)
-                if logs:
-                    speed = (step - timed) * options.batch_size / (time.time() - clock)
-                    record(options, run, step, float(loss), float(rate), speed)
-                if tests:
-                    test()
-                if due(options.checkpoint_every):  # last, so that it has the rows of this step
-                    save_run(options, state, run)
-                    saved = step
-                if logs or tests or saved == step:
-                    clock, timed = time.time(), step
-                # Several hosts must end after the same step. They ask each other where they wait
-                # for a result anyhow.
-                if (logs or jax.process_count() == 1) and any(gather(f"end {step}", len(signals))):
-                    raise KeyboardInterrupt(*signals)
-        finally:
-            if step > saved:
+    def due(every):
+        return step % every == 0 or step == options.total_steps
+
+    def test():
+        accuracy = evaluate(state["params"], data["test"],
+                            options.batch_size // options.accum_steps, options.dtype, signals)
+        record(options, run, step, accuracy=accuracy)
+
+    places = shares(options.batch_size, options.accum_steps)
+    indices = (i * options.batch_size + places for i in range(step, options.total_steps))
+    example = functools.partial(training_example, data["train"], options)
+    try:
+        if step and due(options.eval_every) and step not in run["tested"]:
+            saved = -1
+            test()  # a signal had cut it off
+        for images, labels in batches(example, indices):
+            if step == 0 and jax.process_index() == 0:
+                row = np.hstack(images.reshape(-1, *images.shape[-3:])[:8])
+                Image.fromarray(row).save(f"{options.logdir}/first_batch.png")
+            # This line learns; those before feed it, those after report and save.
+            state, loss, rate = train_step(state, images, labels, options)
+            # Waiting for the step before, not for this one, keeps the devices busy.
+            jax.block_until_ready(previous_loss)
+            compiled, previous_loss, step = previous_loss is None, loss, step + 1
+            logs, tests = due(options.log_every), due(options.eval_every)
+            if logs:
+                loss = float(loss)  # waits
+                speed = (step - timed) * options.batch_size / (time.perf_counter() - clock)
+                record(options, run, step, loss, float(rate), speed)
+            if tests:
+                test()
+            if due(options.checkpoint_every):  # last, so that it has the rows of this step
                 save_run(options, state, run)
+                saved = step
+            if compiled or logs or tests or saved == step:  # time steps, and nothing else
+                clock, timed = time.perf_counter(), step
+            stop = bool(signals)
+            if jax.process_count() > 1:  # all must end after the same step, so they ask each other
+                stop = logs and any(gather(stop))  # where they wait for a result anyhow
+            if stop:
+                raise KeyboardInterrupt(*signals)
+    finally:
+        if step > saved and not state["step"].is_deleted():
+            save_run(options, state, run)
+    accuracy = run["rows"][-1][-1]
+    print(f"done: {options.logdir}/checkpoint.npz, test accuracy {accuracy:.2%}", flush=True)
     return jax.device_get(state["params"])
 
 
@@ -516,11 +540,12 @@ PRETRAINED = {model: f"imagenet21k/{model}" for model in (*FINE_TUNED, "ViT-H_14
 }
 
 
-def init_params(key, model, image_size, num_classes):
+def init_params(key, model, image_size, num_classes, features=0):
     """Random parameters to train from scratch: a nested dict of float32 arrays, as `forward` wants.
 
-    model: a name for `parse_model`, or the five numbers that it gives; image_size in pixels. Names
-    and distributions are the release's. ValueError for an unknown name.
+    model: a name for `parse_model`, or the five numbers that it gives; image_size in pixels;
+    features: the width of a pre_logits layer, 0 for none. Names and distributions are the
+    release's. ValueError for an unknown name.
     """
     patch, d, depth, heads, hidden = parse_model(model) if isinstance(model, str) else model
     per_head = [heads, d // heads]
@@ -537,7 +562,10 @@ def init_params(key, model, image_size, num_classes):
     def norm(*shape):
         return {"scale": jnp.ones(shape), "bias": jnp.zeros(shape)}
 
-    return {
+    def zeros(inputs, outputs):
+        return {"kernel": jnp.zeros((inputs, outputs)), "bias": jnp.zeros(outputs)}
+
+    params = {
         "embedding": {"kernel": init.lecun_normal((0, 1, 2))(next(keys), (patch, patch, 3, d)),
                       "bias": jnp.zeros(d)},
         "cls": jnp.zeros((1, 1, d)),
@@ -552,36 +580,45 @@ def init_params(key, model, image_size, num_classes):
                 "MlpBlock_3": {"Dense_0": dense([d], [hidden], init.normal(1e-6)),
                                "Dense_1": dense([hidden], [d], init.normal(1e-6))}},
             "encoder_norm": norm(d)},
-        "head": {"kernel": jnp.zeros((d, num_classes)), "bias": jnp.zeros(num_classes)},
+        "head": zeros(features or d, num_classes),
     }
+    return params | {"pre_logits": zeros(d, features)} if features else params
 
 
-def released_names(path, leaf):
-    """Where checkpoints keep a leaf of params: under one name or, of L stacked blocks, L names."""
-    name = jax.tree_util.keystr(path, simple=True, separator="/")
-    blocks = range(leaf.shape[0]) if "/encoderblock/" in name else [""]
-    return [name.replace("block/", f"block_{i}/") for i in blocks]
+def leaf_name(path):
+    """The name of a leaf of params: keys joined by slashes."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def block_name(name, i):
+    """Where checkpoints keep block i of a leaf in which blocks are stacked."""
+    return name.replace("/encoderblock/", f"/encoderblock_{i}/")
 
 
 def to_released(params):
     """Nested arrays -> {released name: array}: the stacked blocks become encoderblock_0, ..."""
     arrays = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        names = released_names(path, leaf)
-        arrays |= zip(names, [leaf] if len(names) == 1 else leaf, strict=True)
+        name = leaf_name(path)
+        if "/encoderblock/" in name:
+            arrays |= {block_name(name, i): block for i, block in enumerate(leaf)}
+        else:
+            arrays[name] = leaf
     return arrays
 
 
 def describe(arrays):
-    """{released name: array} -> (P, D, L, A, MLP width), image size (pixels), K, off the shapes."""
+    """{released name: array} -> (P, D, L, A, MLP width), image size in pixels, K, width of
+    pre_logits (0: none), all read off the shapes."""
     block = "Transformer/encoderblock_0/"
     patch, _, _, width = arrays["embedding/kernel"].shape
     _, heads, _ = arrays[block + "MultiHeadDotProductAttention_1/query/kernel"].shape
     _, hidden = arrays[block + "MlpBlock_3/Dense_0/kernel"].shape
     _, tokens, _ = arrays["Transformer/posembed_input/pos_embedding"].shape
     depth = len({name.split("/")[1] for name in arrays if "/encoderblock_" in name})
+    features = arrays["pre_logits/bias"].size if "pre_logits/bias" in arrays else 0
     model = patch, width, depth, heads, hidden
-    return model, math.isqrt(tokens - 1) * patch, arrays["head/bias"].size
+    return model, math.isqrt(tokens - 1) * patch, arrays["head/bias"].size, features
 
 
 def read_params(arrays, source):
@@ -595,28 +632,28 @@ def read_params(arrays, source):
     released = {}
     for name, array in arrays.items():
         if name.startswith(prefix) and not name.startswith(("train/", "class_names")):
-            for new, old in ((prefix, ""), ("Attention_0/", "Attention_1/"),
-                             ("LayerNorm_1/", "LayerNorm_2/"), ("MlpBlock_0/", "MlpBlock_3/")):
-                name = name.replace(new, old, 1)
+            name = name.removeprefix(prefix).replace("Attention_0/", "Attention_1/")
+            name = name.replace("MlpBlock_0/", "MlpBlock_3/").replace("Norm_1/", "Norm_2/")
             released[name] = array
     with explained(f"find a ViT in {source}"):
-        model, image_size, num_classes = describe(released)
+        sizes = describe(released)
         like = jax.eval_shape(  # what such a model consists of; nothing is computed
-            lambda: init_params(jax.random.key(0), model, image_size, num_classes))
-    if "pre_logits/bias" in released:  # of any width; the head has as many rows
-        features = jnp.zeros(released["pre_logits/bias"].size)
-        like["pre_logits"] = {"kernel": jnp.outer(jnp.zeros(model[1]), features), "bias": features}
-        like["head"]["kernel"] = jnp.outer(features, jnp.zeros(num_classes))
+            lambda: init_params(jax.random.key(0), *sizes))
+
+    def take(name, shape):
+        require(name in released, f"{source}: {name} is missing, should be {shape}")
+        array = released.pop(name)
+        require(array.shape == shape, f"{source}: {name} is {array.shape}, should be {shape}")
+        require(array.dtype.kind == "f" and abs(array).max() <= np.finfo(np.float32).max,
+                f"{source}: {name} holds NaN, infinity or no floats at all")
+        return array.astype(np.float32)
 
     def build(path, leaf):
-        found, names = [], released_names(path, leaf)
-        for name in names:
-            array, shape = released.pop(name, np.zeros(0)), leaf.shape[len(names) > 1:]
-            require(array.shape == shape, f"{source}: {name} is {array.shape}, should be {shape}")
-            require(array.dtype.kind == "f" and abs(array).max() <= np.finfo(np.float32).max,
-                    f"{source}: {name} holds NaN, infinity or no floats at all")
-            found.append(array.astype(np.float32))
-        return np.stack(found).reshape(leaf.shape)
+        name = leaf_name(path)
+        if "/encoderblock/" not in name:
+            return take(name, leaf.shape)
+        depth, *shape = leaf.shape
+        return np.stack([take(block_name(name, i), tuple(shape)) for i in range(depth)])
 
     params = jax.tree_util.tree_map_with_path(build, like)
     require(not released, f"{source}: no such model has {', '.join(sorted(released)[:3])}")
@@ -651,11 +688,9 @@ def load_pretrained(options, fine_tuned=False):
     params = read_params(arrays, source)
     num_classes = len(params["head"]["bias"])
     names = arrays.get("class_names")
-    if names is None and fine_tuned and num_classes == 1000:
-        names = fetch(IMAGENET_NAMES, options, lambda path: np.array(path.read_text().splitlines()))
     require(names is None or names.shape == (num_classes,),
             f"{source} names other than the {num_classes} classes that its head has")
-    return params, None if names is None else names.astype(str).tolist()
+    return params, (None if names is None else names.astype(str).tolist())
 
 
 def save_checkpoint(path, params, class_names=(), **more):
@@ -745,25 +780,24 @@ def explained(action, way_out=""):
 def locked(folder):
     """Holds a lock on a folder, made if need be, which ends with the process at the latest.
     BadInput where another process has it. (Each host has its own.)"""
-    with explained(f"write to {folder}"):
-        os.makedirs(folder, exist_ok=True)
-        file = os.open(f"{folder}/.lock-{jax.process_index()}", os.O_CREAT | os.O_WRONLY)
-    try:
-        import fcntl
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise BadInput(f"another run is at work in {folder}; choose another --logdir") from None
-    except (ImportError, OSError):
-        pass  # neither Windows nor every network disk has such locks
-    try:
+    with contextlib.ExitStack() as stack:
+        with explained(f"write to {folder}"):
+            os.makedirs(folder, exist_ok=True)
+            file = stack.enter_context(open(f"{folder}/.lock-{jax.process_index()}", "w"))
+        try:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BadInput(f"another run is at work in {folder}; wait, or choose another folder"
+                           ) from None
+        except (ImportError, OSError):
+            pass  # neither Windows nor every network disk has such locks
         yield
-    finally:
-        os.close(file)
 
 
 @contextlib.contextmanager
 def noted_signals():
-    """A list that the first Ctrl-C or SIGTERM is added to; the second one ends the process at once.
+    """A list to which the first Ctrl-C or SIGTERM is added; a second one ends the process at once.
     Handlers are put back afterwards; threads other than the main one cannot have any."""
     noted = []
     before = {}
@@ -782,8 +816,9 @@ def noted_signals():
 
 
 def begin_or_resume(options, data):
-    """(state, on all devices; run, what else is saved: options and data, which must not change when
-    it goes on, and the rows of metrics.csv): new, or from checkpoint.npz. BadInput."""
+    """Gives state, on all devices, and run, a dict of what else is saved: "fixed", the options and
+    data that must not change when a run goes on; "rows" of metrics.csv; "tested", the steps that
+    were evaluated. Both are new, or from checkpoint.npz. BadInput."""
     path = f"{options.logdir}/checkpoint.npz"
     classes = [*data["classes"]]
     fixed = {name: getattr(options, name) for name in FIXED}
@@ -793,23 +828,25 @@ def begin_or_resume(options, data):
         with explained(f"go on from {path}", "; choose another --logdir"):
             run, step = json.loads(str(arrays["train/run"])), np.int32(arrays["train/step"])
             for name, value in fixed.items():
-                require(run["fixed"][name] == value, f"{path} is of a run with {name}="
-                        f"{run['fixed'][name]}, now it is {value}; choose another --logdir")
+                theirs = run["fixed"][name]
+                require(theirs == value, f"{path} is of a run with {name}={str(theirs)[:60]}, now "
+                        f"it is {str(value)[:60]}; choose another --logdir")
             params = read_params(arrays, path)
             zeros, tree = jax.tree.flatten(sgd_init(params))
             momentum = jax.tree.unflatten(tree, [
                 arrays[f"train/{i}"].astype(zero.dtype) for i, zero in enumerate(zeros)])
     else:
         if options.pretrained == "none":
-            init = jax.jit(init_params, static_argnums=(1, 2, 3),  # to run once: compiled in haste
-                           compiler_options={"xla_backend_optimization_level": 0})
+            init = jax.jit(init_params, static_argnums=(1, 2, 3),  # it runs once: compiling is what
+                           compiler_options={"xla_backend_optimization_level": 0})  # takes time
             key = jax.random.key(options.seed)
             params = init(key, options.model, options.image_size, len(classes))
         else:
             params, _ = load_pretrained(options)
         params = adapt(params, options.image_size, len(classes))
-        momentum, step, run = sgd_init(params), np.int32(0), {"fixed": fixed, "rows": []}
-    require(len({*gather("step", int(step))}) == 1, f"not all hosts see the same {path}")
+        momentum, step = sgd_init(params), np.int32(0)
+        run = {"fixed": fixed, "rows": [], "tested": []}
+    check_hosts_agree(vars(options) | fixed | {"step of checkpoint.npz": int(step)})
     print(f"{len(data['train'])} training images, {jax.device_count()} x "
           f"{jax.devices()[0].device_kind}, step {step} of {options.total_steps}", flush=True)
     return replicate({"params": params, "momentum": momentum, "step": step}), run
@@ -835,11 +872,16 @@ def record(options, run, step, loss="", rate="", speed="", accuracy=""):
     if jax.process_index() == 0:
         with explained(f"write {path}"):
             path.write_text("".join(",".join(map(str, row)) + "\n" for row in table))
-    if loss != "":
+    if accuracy != "":
+        run["tested"].append(step)
+    else:
         require(math.isfinite(loss), f"the loss is {loss} in step {step}; try a lower --base_lr")
         minutes = (options.total_steps - step) * options.batch_size / speed / 60
         print(f"step {step}/{options.total_steps}  loss {loss:.4f}  lr {rate:.2e}  "
               f"{speed:.1f} images/s  {minutes:.1f} minutes left", flush=True)
+
+
+# -------------------------------------------------------------------- 8. Several devices and hosts
 
 
 def replicate(tree):
@@ -851,7 +893,8 @@ def replicate(tree):
 
 
 def shares(batch_size, accum_steps=1):
-    """Which places of a batch are this host's: int [local devices, accum_steps, B]. BadInput."""
+    """Which places of a batch are this host's: int [local devices, accum_steps, B]. BadInput.
+    Of 8 images, on one host with 2 devices, in 2 parts: [[[0 1] [2 3]] [[4 5] [6 7]]]."""
     shape = jax.process_count(), jax.local_device_count(), accum_steps
     nearest = math.ceil(batch_size / math.prod(shape)) * math.prod(shape)
     require(batch_size == nearest, f"--batch_size={batch_size} is no multiple of "
@@ -859,46 +902,51 @@ def shares(batch_size, accum_steps=1):
     return np.arange(batch_size).reshape(*shape, -1)[jax.process_index()]
 
 
-def gather(name, value):
-    """What each host says under a name: a list, in the order of hosts. Waits for all of them.
+COUNTER = itertools.count()  # of calls of gather, the same on all hosts
+
+
+def gather(value):
+    """What all hosts call this function with: a list, in their order. Waits for all of them.
     (Through the key-value store that JAX keeps on the first host, so no device is troubled.)"""
     if jax.process_count() == 1:
         return [value]
-    store = jax._src.distributed.global_state.client
-    store.key_value_set(f"{name}/{jax.process_index():06}", json.dumps(value))
-    store.wait_at_barrier(name, timeout_in_ms=600_000)
-    return [json.loads(text) for _, text in sorted(store.key_value_dir_get(f"{name}/"))]
+    name = f"gather/{next(COUNTER)}"
+    with explained("agree with the other hosts"):
+        store = jax._src.distributed.global_state.client
+        store.key_value_set(f"{name}/{jax.process_index():06}", json.dumps(value))
+        store.wait_at_barrier(name, timeout_in_ms=600_000)
+        return [json.loads(text) for _, text in sorted(store.key_value_dir_get(f"{name}/"))]
+
+
+def check_hosts_agree(values):
+    """BadInput where a dict of values is not the same on all hosts, but for their own folders."""
+    everyone = gather(values)
+    for name in {*values} - {"process_id", "logdir", "data_dir"}:
+        found = [str(theirs[name])[:60] for theirs in everyone]
+        require(len({*found}) == 1, f"the hosts differ in {name}: {', '.join(found)}")
 
 
 def join_hosts(options, patience=300):
-    """Makes one JAX of all hosts of --coordinator_address; where not all come within patience
-    seconds, or one calls `fail_together`, the process ends. BadInput where their flags differ."""
+    """Makes one JAX of all hosts of --coordinator_address. Where not all come within patience
+    seconds, or one calls `fail_together` later on, the process ends. BadInput."""
     address = options.coordinator_address
-    require(re.fullmatch(r"auto|[^:]+:\d{1,5}", address),
+    require(re.fullmatch(r"auto|.+:\d{1,5}", address),
             f"--coordinator_address={address!r} must be HOST:PORT of the first host, or auto")
     print(f"waiting for all hosts to come to {address}, {patience} s at most", flush=True)
-    late = threading.Timer(patience, os._exit, [2])
-    late.start()
     hosts = () if address == "auto" else (address, options.num_processes, options.process_id)
-    jax.distributed.initialize(*hosts, initialization_timeout=2 * patience)
+    late = threading.Timer(patience, os._exit, [2])  # JAX would end in a stack of C++
+    late.daemon = True
+    late.start()
+    with explained(f"join the hosts at {address}"):
+        jax.distributed.initialize(*hosts, initialization_timeout=2 * patience)
     late.cancel()
     threading.Thread(target=watch_hosts).start()
     if jax.process_index() > 0:
         sys.stdout = None  # print does nothing then: the first host speaks for all
-    for name in (*FIXED, "accum_steps", "log_every", "eval_every", "eval_only"):
-        values = gather(name, getattr(options, name))
-        require(len({*values}) == 1, f"the hosts have different --{name}: {values}")
-
-
-def fail_together():
-    """Ends all hosts with status 2. (A usual exit of one would wait for the rest, for minutes.)"""
-    store = jax._src.distributed.global_state.client
-    store.key_value_set(f"failed/{jax.process_index()}", "")
-    threading.Event().wait()  # for watch_hosts, here as on the others
 
 
 def watch_hosts():
-    """Looks every second whether a host has failed; then this one ends, too."""
+    """Ends this host when one has failed; looks every second."""
     store = jax._src.distributed.global_state.client
     while threading.main_thread().is_alive():
         time.sleep(1)
@@ -908,7 +956,14 @@ def watch_hosts():
             os._exit(2)
 
 
-# --------------------------------------------------------------------------------------- 8. Photos
+def fail_together():
+    """Ends all hosts with status 2. (A usual exit of one would wait for the rest, for minutes.)"""
+    store = jax._src.distributed.global_state.client
+    store.key_value_set(f"failed/{jax.process_index()}", "")
+    threading.Event().wait()  # for watch_hosts, here as on the others
+
+
+# --------------------------------------------------------------------------------------- 9. Photos
 
 
 def attention_rollout(weights):
@@ -924,10 +979,19 @@ def attention_rollout(weights):
     return (reached / reached.max(axis=1, keepdims=True)).reshape(-1, grid, grid)
 
 
+def read_imagenet_names(path):
+    """A text file with a line for each of ImageNet's 1,000 classes -> list of strings."""
+    names = path.read_text().splitlines()
+    require(len(names) == 1000, f"{path} has {len(names)} lines, not 1000")
+    return names
+
+
 def classify(options, photos):
     """Prints the five likeliest classes of each photo and writes PHOTO-attention.png: the photo,
     and the photo lit by where the class token looks. BadInput."""
     params, names = load_pretrained(options, fine_tuned=True)
+    if options.pretrained == "released":
+        names = fetch(IMAGENET_NAMES, options, read_imagenet_names)
     params = adapt(params, options.image_size or image_size_of(params))
     run = jax.jit(functools.partial(forward, return_attention=True))
     for photo in photos:
@@ -944,7 +1008,7 @@ def classify(options, photos):
             print(f"{probabilities[label]:8.2%}  {names[label] if names else label}")
 
 
-# ------------------------------------------------------------------------------------- 9. Datasets
+# ------------------------------------------------------------------------------------ 10. Datasets
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # these start no other program
 CIFAR = {  # the authors' archives: address, SHA-256, list of class names, bytes of a record
@@ -994,12 +1058,16 @@ def fetch(url, options, read):
         if block * size % (64 << 20) == 0:
             print(f"fetching {url}: {block * size >> 20} of {total >> 20} MiB", flush=True)
 
-    with explained(f"fetch {url}", f"; try again, or put the file at {path} by hand"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        urllib.request.urlretrieve(url, partial, show)
-    with explained(f"use what {url} sent, beginning with {partial.read_bytes()[:30]}"):
-        content = read(partial)
-    os.replace(partial, path)
+    with locked(path.parent):
+        with explained(f"fetch {url}", f"; try again, or put the file at {path} by hand"):
+            urllib.request.urlretrieve(url, partial, show)
+        with open(partial, "rb") as file:
+            start = file.read(30)
+        try:
+            content = read(partial)
+        except BadInput as error:
+            raise BadInput(f"{url} sent something else, beginning with {start}: {error}") from None
+        os.replace(partial, path)
     return content
 
 
@@ -1039,8 +1107,8 @@ def image_folder(root):
     endings = tuple(ending for ending, kind in Image.registered_extensions().items()
                     if kind in FORMATS)
 
-    def find(*folders):  # [(class name, path)]
-        return [(Path(name).parts[0], Path(folder, name)) for folder in folders
+    def find(folder):  # [(class name, path)]
+        return [(Path(name).parts[0], Path(folder, name))
                 for name in sorted(glob.glob("*/**", root_dir=folder, recursive=True))
                 if name.lower().endswith(endings)]
 
@@ -1048,7 +1116,7 @@ def image_folder(root):
         return decode(entry[1], entry[1]), classes.index(entry[0])
 
     if os.path.isdir(f"{root}/train"):
-        train, test = find(f"{root}/train"), find(f"{root}/test", f"{root}/val")
+        train, test = find(f"{root}/train"), find(f"{root}/test") or find(f"{root}/val")
     else:
         files = find(root)
         order, n = np.random.default_rng(0).permutation(len(files)), math.ceil(len(files) / 10)
@@ -1065,10 +1133,8 @@ def image_folder(root):
 def tfds_dataset(name, data_dir):
     """A TFDS image-classification dataset, read as ArrayRecord, for which TensorFlow is not needed.
     BadInput where TFDS does not know it, or it is not prepared and cannot be."""
-    require(re.fullmatch(r"[a-z]\w*([/:].*)?", name), f"{name!r} is no file, folder or dataset")
-    import tensorflow_datasets as tfds  # only here: to import it takes longer than JAX
-
     with explained(f"find {name}: it is no file, no folder, and no dataset of TFDS"):
+        import tensorflow_datasets as tfds  # only here: to import it takes longer than JAX
         builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
     call = f't.builder("{name}", data_dir="{data_dir}", file_format="array_record")'
     with explained(f"prepare {name}", "; where TensorFlow is installed, run: python -c 'import "
@@ -1104,7 +1170,7 @@ def load_data(name, options):
     return image_folder(name) if os.path.isdir(name) else tfds_dataset(name, options.data_dir)
 
 
-# -------------------------------------------------------------------------------- 10. Command line
+# -------------------------------------------------------------------------------- 11. Command line
 
 PRESETS = {  # what a dataset has instead of the defaults
     "digits": {"model": "ViT-XS_8", "pretrained": "none", "image_size": 32, "augment": "none",
@@ -1114,8 +1180,22 @@ PRESETS = {  # what a dataset has instead of the defaults
 }
 CHOICES = {"dtype": ("float32", "bfloat16"), "decay_type": ("cosine", "linear"),
            "augment": ("inception", "none")}
-MAY_BE_ZERO = ("warmup_steps", "base_lr", "dropout", "mixup_alpha", "seed", "process_id")
+MAY_BE_ZERO = ("image_size", "warmup_steps", "base_lr", "dropout", "mixup_alpha", "seed",
+               "process_id")
 BELOW = {"image_size": 4097, "dropout": 1}  # other numbers: below 2**31
+
+
+def check_options(options):
+    """BadInput where an option is out of its range."""
+    for name, value in vars(options).items():
+        fits = value in CHOICES.get(name, [value])
+        if type(value) in (int, float):
+            fits = 0 <= value < BELOW.get(name, 2**31) and (value or name in MAY_BE_ZERO)
+        require(fits, f"--{name}={value} is out of range")
+    with explained("use --model"):
+        parse_model(options.model)
+    require(options.warmup_steps < options.total_steps, f"--warmup_steps={options.warmup_steps} "
+            f"must be below --total_steps={options.total_steps}")
 
 
 def parse_options(argv):
@@ -1133,10 +1213,6 @@ def parse_options(argv):
         text = f"{comments[field.name]} ({field.default})"
         parser.add_argument(f"--{field.name}", help=text, **kind)
     flags = vars(parser.parse_intermixed_args(argv))
-    for name, value in flags.items():
-        if type(value) in (int, float):
-            fits = 0 <= value < BELOW.get(name, 2**31) and (value or name in MAY_BE_ZERO)
-            require(fits, f"--{name}={value} is out of range")
     paths = ["imagenet2012" if path == "imagenet" else path for path in flags.pop("data")]
     preset = PRESETS.get(paths[0], {})
     if flags.get("eval_only") or all(map(os.path.isfile, paths)):
@@ -1145,10 +1221,6 @@ def parse_options(argv):
     options = Options(**({"logdir": logdir} | preset | flags))
     require("model" not in flags or options.pretrained in ("released", "none"),
             f"--model={options.model} is for --pretrained=released or none: a file says its own")
-    with explained("use --model"):
-        parse_model(options.model)
-    require(options.warmup_steps < options.total_steps,
-            f"--warmup_steps={options.warmup_steps} must be below --total_steps")
     return paths, options
 
 
@@ -1183,7 +1255,7 @@ def main(argv=None):
         run_command(paths, options)
         return 0
     except KeyboardInterrupt as stop:
-        print("stopped; the same command goes on", flush=True)
+        print("stopped; run the same command to go on", flush=True)
         return 128 + (stop.args or [signal.SIGTERM])[0]
     except BrokenPipeError:  # whoever read what we print has gone: `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -1195,7 +1267,7 @@ def main(argv=None):
         elif not isinstance(error, (BadInput, OSError, OverflowError)):
             sys.excepthook(*sys.exc_info())  # a bug of ours: its traceback
         print(f"vit.py: {line}", file=sys.stderr, flush=True)
-        if jax.process_count() > 1:
+        if jax._src.distributed.global_state.client:
             fail_together()
         return 2
 
