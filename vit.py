@@ -464,14 +464,18 @@ def train(options, data):
     if nothing had happened. BadInput where something does not fit; KeyboardInterrupt after Ctrl-C
     or SIGTERM, when the steps so far are saved.
     """
+    places = shares(options.batch_size, options.accum_steps)
+    require(places.shape[-1] % 2 == 0 or not options.mixup_alpha, "--mixup_alpha takes an even "
+            f"number of images on a device at a time, not {places.shape[-1]}")
     with locked(options.logdir):
         state, run = begin_or_resume(options, data)
         with noted_signals() as signals:
-            return training_loop(options, data, state, run, signals)
+            return training_loop(options, data, places, state, run, signals)
 
 
-def training_loop(options, data, state, run, signals):
-    """What `train` does from state on; run: see `begin_or_resume`; signals: `noted_signals`."""
+def training_loop(options, data, places, state, run, signals):
+    """What `train` does from state on. places: see `shares`; run: see `begin_or_resume`; signals:
+    see `noted_signals`."""
     step = saved = timed = int(state["step"])
     clock, previous_loss = time.perf_counter(), None
 
@@ -483,7 +487,6 @@ def training_loop(options, data, state, run, signals):
                             options.batch_size // options.accum_steps, options.dtype, signals)
         record(options, run, step, accuracy=accuracy)
 
-    places = shares(options.batch_size, options.accum_steps)
     indices = (i * options.batch_size + places for i in range(step, options.total_steps))
     example = functools.partial(training_example, data["train"], options)
     try:
@@ -973,9 +976,8 @@ def attention_rollout(weights):
     after block (arXiv 2005.00928; the paper, figure 6).
     """
     weights = (weights.mean(axis=2) + np.eye(weights.shape[-1])) / 2  # [L, B, N, N], rows sum to 1
-    reached = functools.reduce(lambda below, block: block @ below, weights)[:, 0]  # [B, N]
-    grid = math.isqrt(reached.shape[1] - 1)
-    reached = reached[:, 1 : 1 + grid * grid]  # of the patches
+    reached = functools.reduce(lambda below, block: block @ below, weights)[:, 0, 1:]  # [B, N-1]
+    grid = math.isqrt(reached.shape[1])
     return (reached / reached.max(axis=1, keepdims=True)).reshape(-1, grid, grid)
 
 
