@@ -687,7 +687,9 @@ def load_pretrained(options, fine_tuned=False):
     if source.startswith(("http://", "https://")):
         arrays = fetch(source, options, read_npz)
     else:
-        arrays = read_npz(os.path.expanduser(source))
+        path = os.path.expanduser(source)
+        require(os.path.isfile(path), f"--pretrained={source} is no file")
+        arrays = read_npz(path)
     params = read_params(arrays, source)
     num_classes = len(params["head"]["bias"])
     names = arrays.get("class_names")
@@ -1135,6 +1137,8 @@ def image_folder(root):
 def tfds_dataset(name, data_dir):
     """A TFDS image-classification dataset, read as ArrayRecord, for which TensorFlow is not needed.
     BadInput where TFDS does not know it, or it is not prepared and cannot be."""
+    require(re.fullmatch(r"[a-z]\w*([/:].*)?", name), f"{name!r} is no file, no folder, and no "
+            "dataset: their names are of small letters, digits and _, like cifar10")
     with explained(f"find {name}: it is no file, no folder, and no dataset of TFDS"):
         import tensorflow_datasets as tfds  # only here: to import it takes longer than JAX
         builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
@@ -1234,10 +1238,11 @@ def run_command(paths, options):
     data = load_data(paths[0], options)
     if not options.eval_only:
         return train(options, data)
+    require(options.pretrained != "none" and (options.pretrained != "released" or len(
+        data["classes"]) == 1000), f"--eval_only of {paths[0]} takes --pretrained=FILE")
     params, names = load_pretrained(options, fine_tuned=True)
-    num_classes, classes = len(params["head"]["bias"]), [*data["classes"]]
-    require(num_classes == len(classes) and (options.pretrained == "released" or names in (
-        None, classes)), f"{options.pretrained} knows other classes than {paths[0]}")
+    require(len(params["head"]["bias"]) == len(data["classes"]) and names in (
+        None, [*data["classes"]]), f"{options.pretrained} knows other classes than {paths[0]}")
     params = adapt(params, options.image_size or image_size_of(params))
     return evaluate(replicate(params), data["test"],
                     math.ceil(options.batch_size / options.accum_steps), options.dtype)
