@@ -519,9 +519,11 @@ def training_loop(options, data, places, state, run, signals):
                 stop = logs and any(gather(stop))  # where they wait for a result anyhow
             if stop:
                 raise KeyboardInterrupt(*signals)
-    finally:
-        if step > saved and not state["step"].is_deleted():
-            save_run(options, state, run)
+    except BaseException:
+        if step > saved:
+            with contextlib.suppress(RuntimeError):  # JAX's, where the state is lost as well
+                save_run(options, state, run)
+        raise
     accuracy = run["rows"][-1][-1]
     print(f"done: {options.logdir}/checkpoint.npz, test accuracy {accuracy:.2%}", flush=True)
     return jax.device_get(state["params"])
@@ -748,8 +750,9 @@ def adapt(params, image_size, num_classes=None):
     params = params | {"Transformer": encoder | {"posembed_input": {"pos_embedding": embeddings}}}
     if num_classes:
         params.pop("pre_logits", None)
-        kernel = np.zeros((params["cls"].shape[2], num_classes), np.float32)
-        params["head"] = {"kernel": kernel, "bias": kernel[0]}
+        params["head"] = {
+            "kernel": np.zeros((params["cls"].shape[2], num_classes), np.float32),
+            "bias": np.zeros(num_classes, np.float32)}
     return params
 
 
@@ -1248,6 +1251,13 @@ def run_command(paths, options):
                     math.ceil(options.batch_size / options.accum_steps), options.dtype)
 
 
+def less_memory(options):
+    """Flags that spare memory: the next --accum_steps that divides, and --remat."""
+    share = options.batch_size // jax.device_count()
+    divisors = (n for n in range(options.accum_steps + 1, share + 1) if share % n == 0)
+    return [*(f"--accum_steps={n}" for n in itertools.islice(divisors, 1)), "--remat"]
+
+
 def main(argv=None):
     """The command line: exit status 0, 2 after bad input, 128 + signal number after a signal."""
     if not jax.config.jax_compilation_cache_dir:  # the same command need not compile again
@@ -1270,7 +1280,7 @@ def main(argv=None):
     except Exception as error:
         line = " ".join(str(error).split())
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in line:
-            line = f"out of memory: try a larger --accum_steps, or --remat ({line[:300]})"
+            line = f"out of memory: try {' or '.join(less_memory(options))} ({line[:300]})"
         elif not isinstance(error, (BadInput, OSError, OverflowError)):
             sys.excepthook(*sys.exc_info())  # a bug of ours: its traceback
         print(f"vit.py: {line}", file=sys.stderr, flush=True)
