@@ -491,8 +491,8 @@ def training_loop(options, data, places, state, run, signals):
     example = functools.partial(training_example, data["train"], options)
     try:
         if step and due(options.eval_every) and step not in run["tested"]:
-            saved = -1
             test()  # a signal had cut it off
+            save_run(options, state, run)
         for images, labels in batches(example, indices):
             if step == 0 and jax.process_index() == 0:
                 row = np.hstack(images.reshape(-1, *images.shape[-3:])[:8])
@@ -960,8 +960,8 @@ def watch_hosts():
         time.sleep(1)
         for name, _ in store.key_value_dir_get("failed/"):
             print(f"vit.py: all hosts end: {name}", file=sys.stderr, flush=True)
-            time.sleep(2)  # the store ends with the first host; till then all have looked
-            os._exit(2)
+            time.sleep(1 if jax.process_index() else 5)  # the first host, and with it the store,
+            os._exit(2)  # goes last
 
 
 def fail_together():
@@ -1191,7 +1191,7 @@ CHOICES = {"dtype": ("float32", "bfloat16"), "decay_type": ("cosine", "linear"),
            "augment": ("inception", "none")}
 MAY_BE_ZERO = ("image_size", "warmup_steps", "base_lr", "dropout", "mixup_alpha", "seed",
                "process_id")
-BELOW = {"image_size": 4097, "dropout": 1}  # other numbers: below 2**31
+BELOW = {"image_size": 4097, "batch_size": 2**16 + 1, "dropout": 1}  # others: below 2**31
 
 
 def check_options(options):
