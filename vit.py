@@ -22,6 +22,11 @@ L blocks, A attention heads, K classes. Two ideas of JAX to begin with: a *pytre
 of arrays, as our parameters are, and `jax.tree.map(f, a, b)` applies f leaf by leaf; a *key* is
 random state as a value: the same key gives the same numbers, `split` and `fold_in` make new keys.
 """
+import signal
+
+if __name__ == "__main__":  # from here on Ctrl-C ends the command without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import collections
 import contextlib
@@ -33,10 +38,10 @@ import inspect
 import io
 import itertools
 import json
+import logging
 import math
 import os
 import re
-import signal
 import socket
 import sys
 import tarfile
@@ -46,9 +51,6 @@ import urllib.request
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-
-if __name__ == "__main__":  # from here on Ctrl-C ends the command without a traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import jax
 import jax.numpy as jnp
@@ -110,7 +112,7 @@ SIZES = {  # width D, depth L, heads A: the paper, table 1; Ti and S: arXiv 2106
 def parse_model(model):
     """"ViT-B_16" -> (patch size P, width D, depth L, heads A, MLP width): ints, or ValueError."""
     size, _, patch = model.removeprefix("ViT-").partition("_")
-    if not model.startswith("ViT-") or size not in SIZES or not patch.isdecimal() or patch == "0":
+    if f"ViT-{size}_{patch}" != model or size not in SIZES or patch not in map(str, range(1, 513)):
         raise ValueError(f"{model!r} is no model; they are called like ViT-B_16: the size, one of "
                          f"{', '.join(SIZES)}, and the patch size in pixels")
     width, depth, heads = SIZES[size]
@@ -438,7 +440,7 @@ def evaluate(params, split, batch_size, dtype="float32", signals=()):
     signals, see `noted_signals`, have come meanwhile (several hosts finish first).
     """
     n = len(split)
-    batch_size = math.ceil(batch_size / jax.device_count()) * jax.device_count()
+    batch_size = math.ceil(min(batch_size, n) / jax.device_count()) * jax.device_count()
     indices = (first + shares(batch_size)[:, 0] for first in range(0, n, batch_size))
     example = functools.partial(test_example, split, image_size_of(params))
     correct = previous = 0
@@ -672,14 +674,27 @@ def read_npz(path):
         return dict(file)
 
 
+def read_checkpoint(path):
+    """A checkpoint file as it is: (params, list of its K class names or None). BadInput."""
+    arrays = read_npz(path)
+    params = read_params(arrays, path)
+    if "class_names" not in arrays:
+        return params, None
+    names, num_classes = arrays["class_names"], len(params["head"]["bias"])
+    require(names.shape == (num_classes,),
+            f"{path} names other than the {num_classes} classes that its head has")
+    with explained(f"read the class names of {path}"):
+        return params, names.astype(str).tolist()
+
+
 def load_checkpoint(path):
-    """A checkpoint file as it is: params, see `read_params`. BadInput."""
-    return read_params(read_npz(path), path)
+    """The params of a checkpoint file, as they are, see `read_params`. BadInput."""
+    return read_checkpoint(path)[0]
 
 
 def load_pretrained(options, fine_tuned=False):
-    """What --pretrained names, as it is: (params, list of K class names or None). BadInput.
-    fine_tuned: "released" means the checkpoint that was fine-tuned on ImageNet."""
+    """What --pretrained names, see `read_checkpoint`. BadInput. fine_tuned: "released" means the
+    checkpoint that was fine-tuned on ImageNet."""
     source = options.pretrained
     if source == "released":
         known = FINE_TUNED if fine_tuned else PRETRAINED
@@ -687,17 +702,9 @@ def load_pretrained(options, fine_tuned=False):
                 f"of {', '.join(known)}; use --pretrained=FILE, or none to train from scratch")
         source = RELEASED_URL.format(known[options.model])
     if source.startswith(("http://", "https://")):
-        arrays = fetch(source, options, read_npz)
-    else:
-        path = os.path.expanduser(source)
-        require(os.path.isfile(path), f"--pretrained={source} is no file")
-        arrays = read_npz(path)
-    params = read_params(arrays, source)
-    num_classes = len(params["head"]["bias"])
-    names = arrays.get("class_names")
-    require(names is None or names.shape == (num_classes,),
-            f"{source} names other than the {num_classes} classes that its head has")
-    return params, (None if names is None else names.astype(str).tolist())
+        return fetch(source, options, read_checkpoint)
+    require(Path(source).expanduser().is_file(), f"--pretrained={source} is no file")
+    return read_checkpoint(Path(source).expanduser())
 
 
 def save_checkpoint(path, params, class_names=(), **more):
@@ -834,7 +841,8 @@ def begin_or_resume(options, data):
     if os.path.exists(path):
         arrays = read_npz(path)
         with explained(f"go on from {path}", "; choose another --logdir"):
-            run, step = json.loads(str(arrays["train/run"])), np.int32(arrays["train/step"])
+            run, step = json.loads(str(arrays["train/run"])), int(arrays["train/step"])
+            require(0 <= step <= options.total_steps, f"{path} is of step {step}, which is none")
             for name, value in fixed.items():
                 theirs = run["fixed"][name]
                 require(theirs == value, f"{path} is of a run with {name}={str(theirs)[:60]}, now "
@@ -842,7 +850,8 @@ def begin_or_resume(options, data):
             params = read_params(arrays, path)
             zeros, tree = jax.tree.flatten(sgd_init(params))
             momentum = jax.tree.unflatten(tree, [
-                arrays[f"train/{i}"].astype(zero.dtype) for i, zero in enumerate(zeros)])
+                arrays[f"train/{i}"].astype(zero.dtype).reshape(zero.shape)
+                for i, zero in enumerate(zeros)])
     else:
         if options.pretrained == "none":
             init = jax.jit(init_params, static_argnums=(1, 2, 3),  # it runs once: compiling is what
@@ -852,12 +861,13 @@ def begin_or_resume(options, data):
         else:
             params, _ = load_pretrained(options)
         params = adapt(params, options.image_size, len(classes))
-        momentum, step = sgd_init(params), np.int32(0)
+        momentum, step = sgd_init(params), 0
         run = {"fixed": fixed, "rows": [], "tested": []}
-    check_hosts_agree(vars(options) | fixed | {"step of checkpoint.npz": int(step)})
+    check_hosts_agree(vars(options) | fixed | {"step of checkpoint.npz": step})
     print(f"{len(data['train'])} training images, {jax.device_count()} x "
           f"{jax.devices()[0].device_kind}, step {step} of {options.total_steps}", flush=True)
-    return replicate({"params": params, "momentum": momentum, "step": step}), run
+    state = {"params": params, "momentum": momentum, "step": np.int32(step)}
+    return replicate(state), run
 
 
 def save_run(options, state, run):
@@ -938,7 +948,8 @@ def join_hosts(options, patience=300):
     """Makes one JAX of all hosts of --coordinator_address. Where not all come within patience
     seconds, or one calls `fail_together` later on, the process ends. BadInput."""
     address = options.coordinator_address
-    require(re.fullmatch(r"auto|.+:\d{1,5}", address),
+    host, _, port = address.rpartition(":")
+    require(address == "auto" or host and port.isdecimal() and 0 < int(port) < 2**16,
             f"--coordinator_address={address!r} must be HOST:PORT of the first host, or auto")
     print(f"waiting for all hosts to come to {address}, {patience} s at most", flush=True)
     hosts = () if address == "auto" else (address, options.num_processes, options.process_id)
@@ -1143,6 +1154,7 @@ def tfds_dataset(name, data_dir):
     require(re.fullmatch(r"[a-z]\w*([/:].*)?", name), f"{name!r} is no file, no folder, and no "
             "dataset: their names are of small letters, digits and _, like cifar10")
     with explained(f"find {name}: it is no file, no folder, and no dataset of TFDS"):
+        logging.getLogger("absl").setLevel(logging.ERROR)  # for one line, not two
         import tensorflow_datasets as tfds  # only here: to import it takes longer than JAX
         builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
     call = f't.builder("{name}", data_dir="{data_dir}", file_format="array_record")'
@@ -1281,7 +1293,7 @@ def main(argv=None):
         line = " ".join(str(error).split())
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in line:
             line = f"out of memory: try {' or '.join(less_memory(options))} ({line[:300]})"
-        elif not isinstance(error, (BadInput, OSError, OverflowError)):
+        elif not isinstance(error, (BadInput, OSError, OverflowError)) and "Gloo" not in line:
             sys.excepthook(*sys.exc_info())  # a bug of ours: its traceback
         print(f"vit.py: {line}", file=sys.stderr, flush=True)
         if jax._src.distributed.global_state.client:
