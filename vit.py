@@ -45,6 +45,7 @@ import re
 import socket
 import sys
 import tarfile
+import tempfile
 import threading
 import time
 import urllib.request
@@ -1272,6 +1273,8 @@ def less_memory(options):
 
 def main(argv=None):
     """The command line: exit status 0, 2 after bad input, 128 + signal number after a signal."""
+    if os.path.expanduser("~") == "~":  # a user without a home, as in some containers
+        os.environ["HOME"] = tempfile.gettempdir()
     if not jax.config.jax_compilation_cache_dir:  # the same command need not compile again
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/vit.py"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
