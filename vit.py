@@ -344,20 +344,6 @@ ORDER, CROPS = 0, 1  # streams of random numbers: seed, stream and place give th
 load_font = functools.cache(ImageFont.load_default)
 
 
-@dataclasses.dataclass
-class Split:
-    """Examples as PyTorch and TFDS hand them out: len(split), and split[i] -> (image, label), where
-    read(entries[i]) makes the image (Pillow's, RGB) and the label (an int) when they are wanted."""
-    entries: collections.abc.Sequence
-    read: collections.abc.Callable
-
-    def __len__(self):
-        return len(self.entries)
-
-    def __getitem__(self, i):
-        return self.read(self.entries[i])
-
-
 @functools.cache
 def draw_digit(i):
     """Digit i modulo 10 in Pillow's built-in font, light on dark: (RGB image, 32 x 32; label)."""
@@ -1038,6 +1024,20 @@ CIFAR = {  # the authors' archives: address, SHA-256, list of class names, bytes
                  "58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec",
                  "fine_label_names.txt", 2 + 3072),
 }
+
+
+@dataclasses.dataclass
+class Split:
+    """Examples as PyTorch and TFDS hand them out: len(split), and split[i] -> (image, label), where
+    read(entries[i]) makes the image (Pillow's, RGB) and the label (an int) when they are wanted."""
+    entries: collections.abc.Sequence
+    read: collections.abc.Callable
+
+    def __len__(self):
+        return len(self.entries)
+
+    def __getitem__(self, i):
+        return self.read(self.entries[i])
 
 
 def inception_crop(rng, width, height):
