@@ -1114,7 +1114,9 @@ def cifar(name, options):
 
     files = fetch(url, options, read_archive)
     binaries = [files[name] for name in sorted(files) if name.endswith(".bin")]
-    *train, test = binaries if name == "cifar10" else binaries[::-1]
+    if name == "cifar100":
+        binaries.reverse()  # test.bin, train.bin; but data_batch_1.bin, ..., test_batch.bin
+    *train, test = binaries
     return {"classes": files[names_file].decode().split(),
             "train": split(0.98, *train), "test": split(1, test)}
 
