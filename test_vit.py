@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import hashlib
 import http.server
-import inspect
 import io
 import json
 import os
@@ -45,7 +44,6 @@ TINY = ["--pretrained=none", "--model=ViT-XS_8", "--image_size=16", "--batch_siz
 IMAGES = np.random.RandomState(1).uniform(-1, 1, (4, 32, 32, 3)).astype(np.float32)
 LABELS = np.array([1, 4, 2, 0])
 
-
 def seeded_weights(model=SMALL, image_size=32, classes=5):
     """{released name: array}; by default those for which the original's numbers were computed."""
     shapes = jax.eval_shape(lambda: vit.to_released(vit.init_params(
@@ -54,32 +52,24 @@ def seeded_weights(model=SMALL, image_size=32, classes=5):
     return {name: (0.1 * r.standard_normal(shapes[name].shape)).astype(np.float32)
             + np.float32(name.endswith("/scale")) for name in sorted(shapes)}
 
-
 def seeded_params(*sizes):
     return vit.read_params(seeded_weights(*sizes), "the seeded weights")
 
-
 params = pytest.fixture(seeded_params, scope="module")
-
 
 def loss_of(params, images=IMAGES, labels=LABELS, remat=False):
     return vit.cross_entropy(vit.forward(params, images, remat=remat), jax.nn.one_hot(labels, 5))
 
-
 forward, clip = jax.jit(vit.forward), jax.jit(vit.clip_by_global_norm)  # compiled once for all
 loss_and_gradient = jax.jit(jax.value_and_grad(loss_of), static_argnames="remat")
-
 
 def equal(a, b):
     return all(jax.tree.leaves(jax.tree.map(np.array_equal, a, b)))
 
-
 def all_close(a, b, atol):
     jax.tree.map(lambda a, b: assert_allclose(a, b, atol=atol), a, b)
 
-
 # ------------------------------------------------------------------ The numbers are the original's
-
 
 @pytest.mark.parametrize("size, logits", [
     (32, [0.13968338, 0.41093412, 0.3068053, -0.11844803, 0.60040045]),
@@ -89,7 +79,6 @@ def test_logits_at_any_resolution_equal_the_original(params, size, logits):
     r = np.random.RandomState(2)
     images = IMAGES if size == 32 else r.uniform(-1, 1, (2, size, size, 3)).astype(np.float32)
     assert_allclose(forward(vit.adapt(params, size), images)[0], logits, atol=5e-6)
-
 
 def test_the_loss_and_every_gradient_equal_the_original(params):
     loss, grads = loss_and_gradient(params)
@@ -101,10 +90,9 @@ def test_the_loss_and_every_gradient_equal_the_original(params):
         0.063067, -0.019732, -0.077804, -0.088163, -0.019895, 0.145312, -0.039812, 0.585964, 0,
         -0.307931, 0.459707, 0.005924, -0.019317, -0.090996, 0.243097, -0.590395, -0.642435,
         -0.179350, 0.056561, -1.730072, -0.368995, 1.325776], atol=1e-5)
-    clipped, norm = clip(grads, 1.0)
-    assert abs(loss - 1.5707834) < 1e-5 and abs(norm - 3.2320464) < 1e-5
-    all_close(clipped, {k: g / 3.2320464 for k, g in grads.items()}, 1e-6)
-
+    assert abs(loss - 1.5707834) < 1e-5
+    all_close(clip(grads, 1.0), {k: g / 3.2320464 for k, g in grads.items()}, 1e-6)  # its norm
+    all_close(clip(grads, 4.0), grads, 0)
 
 @pytest.mark.parametrize("dtype, losses, logits", [
     ("bfloat16", [1.5707833, 1.5707833, 1.4806235, 1.2611428, 1.1061978],
@@ -119,9 +107,8 @@ def test_five_updates_with_accumulation_equal_the_original(params, dtype, losses
         assert abs(loss - expected) < 1e-5
         # Not under jit, where XLA may keep more bits of a bfloat16 than it has.
         params, momentum = vit.sgd_update(
-            params, momentum, clip(grads, 1.0)[0], vit.learning_rate(step, 0.03, 5, 2))
+            params, momentum, clip(grads, 1.0), vit.learning_rate(step, 0.03, 5, 2))
     assert_allclose(forward(params, IMAGES)[0], logits, atol=1e-5)
-
 
 def test_learning_rates_and_parameter_counts_are_the_published_ones():
     for total, warmup in ((10_000, 500), (20, 0)):
@@ -139,14 +126,12 @@ def test_learning_rates_and_parameter_counts_are_the_published_ones():
         shapes = jax.eval_shape(lambda m=model: vit.init_params(jax.random.key(0), m, 224, 1000))
         assert sum(p.size for p in jax.tree.leaves(shapes)) == count, model
 
-
 def test_position_embeddings_are_resized_as_the_original_does(params):
     old = params["Transformer"]["posembed_input"]["pos_embedding"]
     for grid in (1, 2, 3, 6, 15):
         new = vit.adapt(params, 8 * grid)["Transformer"]["posembed_input"]["pos_embedding"]
         zoomed = scipy.ndimage.zoom(old[0, 1:].reshape(4, 4, 32), (grid / 4, grid / 4, 1), order=1)
         assert_allclose(new[0], [old[0, 0], *zoomed.reshape(-1, 32)], atol=1e-6)
-
 
 def test_initial_parameters_have_the_original_distributions():
     d, params = 192, jax.device_get(vit.init_params(jax.random.key(0), "ViT-Ti_16", 224, 10))
@@ -164,14 +149,12 @@ def test_initial_parameters_have_the_original_distributions():
         else:
             assert np.all(x == ("scale" in name)), name
 
-
-def test_mixup_blends_neighbours_and_dropout_keeps_the_mean():
+def test_mixup_blends_with_the_reversed_batch_and_dropout_keeps_the_mean():
     targets = np.eye(5, dtype=np.float32)[LABELS]
     for x, mixed in zip((IMAGES, targets), vit.mixup(IMAGES, targets, 0.3), strict=True):
-        assert_allclose(mixed, 0.3 * x + 0.7 * x[[1, 0, 3, 2]], atol=1e-6)
+        assert_allclose(mixed, 0.3 * x + 0.7 * x[[3, 2, 1, 0]], atol=1e-6)
     x = vit.dropout(jnp.ones(100_000), jax.random.key(0), 0.3)
     assert abs((x == 0).mean() - 0.3) < 0.01 and abs(x.mean() - 1) < 0.01
-
 
 def test_crops_have_the_distribution_and_enlarging_the_result_of_the_original():
     # TensorFlow's sampler: the aspect ratio is uniform, then the height among those that fit.
@@ -193,18 +176,15 @@ def test_crops_have_the_distribution_and_enlarging_the_result_of_the_original():
     expected = np.einsum("ik,jl,klc->ijc", weights, weights, image, optimize=True)
     assert abs(vit.to_array(Image.fromarray(image), 384) - expected).max() < 1.001
 
-
 # ------------------------------------------------------------------------------------- The model
-
 
 def test_the_model_needs_nothing_but_jax_when_it_is_pasted_elsewhere():
     model = Path(vit.__file__).read_text().split("- 2. Model\n")[1].split("- 3. Learning\n")[0]
     pasted = {}
-    exec(f"import jax, jax.numpy as jnp\n{model}\n{inspect.getsource(vit.init_params)}", pasted)
+    exec(f"import jax, jax.numpy as jnp\n{model}", pasted)
     params = jax.eval_shape(lambda: pasted["init_params"](jax.random.key(0), "ViT-XS_8", 16, 3))
     assert jax.eval_shape(lambda p: pasted["forward"](
         p, jnp.ones((2, 16, 16, 3)), jax.random.key(0), 0.1), params).shape == (2, 3)
-
 
 def test_recomputing_and_attention_change_no_result_and_bfloat16_little(params):
     all_close(loss_and_gradient(params), loss_and_gradient(params, remat=True), 1e-5)
@@ -218,9 +198,7 @@ def test_recomputing_and_attention_change_no_result_and_bfloat16_little(params):
         flow = (above @ below)[0, 1:].reshape(4, 4)
         assert_allclose(rollout, flow / flow.max(), atol=1e-5)
 
-
 # ----------------------------------------------------------------------------------- Checkpoints
-
 
 def test_all_spellings_load_alike_and_the_released_one_is_saved_with_blocks_in_order(tmp_path):
     sizes, path = ((8, 16, 12, 2, 32), 16, 3), tmp_path / "x.npz"
@@ -231,9 +209,8 @@ def test_all_spellings_load_alike_and_the_released_one_is_saved_with_blocks_in_o
         for prefix in ("", "opt/target/", "params/"):
             np.savez(path, **{prefix + name: array for name, array in arrays.items()})
             assert equal(vit.load_checkpoint(path), params)
-    vit.save_checkpoint(path, params, names)
+    vit.save_checkpoint(path, params, class_names=names)
     assert equal(vit.read_npz(path), saved | {"class_names": np.array(names)})
-
 
 @pytest.mark.parametrize("width", [32, 20])  # the model's, and another one
 def test_pre_logits_are_used_until_the_model_is_fine_tuned(params, tmp_path, width):
@@ -250,18 +227,16 @@ def test_pre_logits_are_used_until_the_model_is_fine_tuned(params, tmp_path, wid
     assert "pre_logits" not in tuned and tuned["head"]["kernel"].shape == (32, 7)
     assert not np.any(forward(tuned, np.ones((1, 48, 48, 3), np.float32)))
 
-
 def test_timm_reads_what_we_save_and_gives_the_same_logits(tmp_path):
     timm, torch = pytest.importorskip("timm"), pytest.importorskip("torch")
     params = seeded_params((16, 64, 3, 4, 256), 32, 7)
-    vit.save_checkpoint(tmp_path / "x.npz", params, [*"abcdefg"])
+    vit.save_checkpoint(tmp_path / "x.npz", params, class_names=[*"abcdefg"])
     model = timm.models.VisionTransformer(
         img_size=32, patch_size=16, embed_dim=64, depth=3, num_heads=4, num_classes=7,
         act_layer=functools.partial(torch.nn.GELU, approximate="tanh")).eval()
     model.load_pretrained(str(tmp_path / "x.npz"))
     theirs = model(torch.tensor(IMAGES.transpose(0, 3, 1, 2))).detach().numpy()
     assert_allclose(forward(params, IMAGES), theirs, atol=1e-5)
-
 
 def test_a_disk_that_refuses_is_one_line_and_the_old_file_stays(params, tmp_path, monkeypatch):
     path = tmp_path / "x.npz"
@@ -273,7 +248,6 @@ def test_a_disk_that_refuses_is_one_line_and_the_old_file_stays(params, tmp_path
     assert path.read_bytes() == before and len(list(tmp_path.glob("*.partial"))) <= 1
     vit.save_checkpoint(path, params)  # and what was left of it is replaced
     assert [*tmp_path.iterdir()] == [path]
-
 
 def test_random_damage_is_noticed_or_harmless(params, tmp_path):
     r = np.random.default_rng(0)
@@ -292,9 +266,7 @@ def test_random_damage_is_noticed_or_harmless(params, tmp_path):
                 noticed += 1
         assert noticed > 40
 
-
 # ------------------------------------------------------------------------------------------ Data
-
 
 def test_images_of_any_mode_and_size_become_upright_rgb(tmp_path):
     red, exif, path = Image.new("RGB", (40, 20), (200, 30, 30)), Image.Exif(), tmp_path / "x"
@@ -313,7 +285,6 @@ def test_images_of_any_mode_and_size_become_upright_rgb(tmp_path):
         if expected:
             assert_allclose(np.mean(read, (0, 1)), np.mean(expected.convert("RGB"), (0, 1)), atol=6)
 
-
 def picture_folder(root, train=8, test=5, classes=("cat", "dog")):
     for split, count in (("train", train), ("test", test)):
         for label, name in enumerate(classes):
@@ -324,7 +295,6 @@ def picture_folder(root, train=8, test=5, classes=("cat", "dog")):
                 image.save(Path(root, split, name, f"{i}.png"))
     return Path(root)
 
-
 def test_a_folder_without_split_is_split_the_same_way_every_time(tmp_path):
     root = picture_folder(tmp_path, train=20) / "train"
     (root / "dog").rename(tmp_path / "elsewhere")
@@ -333,52 +303,51 @@ def test_a_folder_without_split_is_split_the_same_way_every_time(tmp_path):
         (root / "cat" / name).write_text("what macOS leaves")
     for place in (root, root / "cat"):
         shutil.copytree(tmp_path / "elsewhere", place / ".ipynb_checkpoints")
-    first, second = vit.image_folder(root), vit.image_folder(root)
-    assert first["classes"] == ["cat", "dog"]
-    for split, count in (("train", 36), ("test", 4)):
-        assert len(first[split]) == count
-        for (image, label), (same, _) in zip(first[split], second[split], strict=True):
-            assert image == same and label == (np.mean(image) > 120)
+    data = vit.image_folder(root)
+    assert data["classes"] == ["cat", "dog"]
+    assert not {*data["train"]} & {*data["test"]}
+    for split, count in (("train", 18), ("test", 2)):  # of each class
+        labels = [label for image, label in map(data["read"], data[split])]
+        assert labels == [int(np.mean(data["read"](item)[0]) > 120) for item in data[split]]
+        assert labels == [0] * count + [1] * count
 
-
-COUNTING = vit.Split(range(40), lambda i: (Image.new("RGB", (4, 4), (i, i, i)), i))
-
+COUNTING = {"train": range(10), "test": range(40), "classes": [*map(str, range(40))],
+            "read": lambda i: (Image.new("RGB", (4, 4), (i, i, i)), i)}
 
 def test_training_order_is_a_function_of_seed_and_step_alone():
     def labels(start, stop, seed=0):
-        split, options = vit.Split(range(10), COUNTING.read), vit.Options(image_size=4, seed=seed)
-        return [vit.training_example(split, options, i)[1] for i in range(start, stop)]
+        options = vit.Options(image_size=4, seed=seed)
+        return [vit.training_example(COUNTING, options, i)[1] for i in range(start, stop)]
 
     assert sorted(labels(0, 10)) == sorted(labels(10, 20)) == list(range(10))
     assert labels(0, 10) != labels(10, 20) and labels(0, 10) != labels(0, 10, seed=1)
     assert labels(7, 15) == labels(0, 20)[7:15]
     image = Image.fromarray(np.random.RandomState(0).randint(0, 256, (64, 64, 3)).astype(np.uint8))
     first, same, *others = (
-        vit.training_example([(image, 0)], vit.Options(image_size=16, seed=seed), i)[0]
+        vit.training_example({"train": [(image, 0)], "read": tuple},
+                             vit.Options(image_size=16, seed=seed), i)[0]
         for seed, i in ((0, 5), (0, 5), (0, 6), (1, 5)))
     assert equal(first, same) and not any(equal(first, other) for other in others)
-
 
 def test_batches_come_in_order_whole_and_pass_on_errors():
     shares = vit.shares(48, 2)  # of each device, for each accumulation step
     assert shares.shape == (8, 2, 3) and sorted(shares.ravel()) == list(range(48))
-    example = functools.partial(vit.test_example, COUNTING, 4)
-    for (images, labels), wanted in zip(vit.batches(example, shares), shares, strict=True):
-        assert np.array_equal(labels, np.where(wanted < 40, wanted, -1))
-        assert np.array_equal(images[..., 0, 0, 0], np.where(wanted < 40, wanted, 0))
+    batches = vit.batches(lambda i: (np.full((2, 2, 3), i, np.uint8), i), shares)
+    for (images, labels), wanted in zip(batches, shares, strict=True):
+        assert np.array_equal(labels, wanted) and np.array_equal(images[..., 0, 0, 0], wanted)
     with pytest.raises(vit.BadInput, match="example"):
         list(vit.batches(lambda index: vit.require(False, f"example {index}"), shares))
 
-
 def test_evaluation_counts_every_image_exactly_once():
     params = seeded_params((8, 16, 1, 2, 32), 16, 40)
-    images = np.stack([vit.test_example(COUNTING, 16, i)[0] for i in range(37)])
+    images = np.stack([vit.to_array(COUNTING["read"](i)[0], 16) for i in range(37)])
     guesses = np.asarray(forward(params, vit.to_pixels(images))).argmax(1)
-    wrong = [(COUNTING[i][0], (int(guesses[i]) + (i % 3 == 0)) % 40) for i in range(37)]
+    labels = [(int(guesses[i]) + (i % 3 == 0)) % 40 for i in range(37)]  # a third is wrong
+    read, options = COUNTING["read"], vit.Options(batch_size=3, accum_steps=1)
     for n in (37, 5):
+        data = {"test": range(n), "read": lambda i: (read(i)[0], labels[i])}
         right = np.mean([i % 3 != 0 for i in range(n)])
-        assert vit.evaluate(vit.replicate(params), wrong[:n], 3) == right
-
+        assert vit.evaluate(vit.replicate(params), data, options) == right
 
 @pytest.mark.parametrize("name", ["cifar-10", "cifar-100"])
 def test_cifar_is_verified_and_read_without_unpacking(name, tmp_path, monkeypatch):
@@ -403,13 +372,12 @@ def test_cifar_is_verified_and_read_without_unpacking(name, tmp_path, monkeypatc
     data = vit.cifar(key, vit.Options(data_dir=tmp_path))  # from the disk
     assert data["classes"] == [f"class_{i}" for i in range(10)]
     for split, places in (("train", range(49)), ("test", range(50, 60))):
-        for (image, label), i in zip(data[split], places, strict=True):
+        for (image, label), i in zip(map(data["read"], data[split]), places, strict=True):
             assert np.array_equal(image, images[i]) and label == labels[i]
     [file] = tmp_path.glob("downloads/*.gz")
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(vit.BadInput, match=f"{file}.*delete it"):
         vit.cifar(key, vit.Options(data_dir=tmp_path))
-
 
 def test_a_failed_download_leaves_no_such_file_and_a_good_one_replaces_it(tmp_path):
     kept, options = tmp_path / "downloads", vit.Options(data_dir=tmp_path)
@@ -435,10 +403,10 @@ def test_a_failed_download_leaves_no_such_file_and_a_good_one_replaces_it(tmp_pa
         np.savez(tmp_path / "y.npz", **seeded_weights())
         for name in ("/a/y.npz", "/b/y.npz"):  # addresses that end alike are different files
             served[name] = (tmp_path / "y.npz").read_bytes()
-            assert equal(vit.fetch(address + name, options, vit.read_npz), seeded_weights())
+            path = vit.fetch(address + name, options, vit.read_npz)
+            assert equal(vit.read_npz(path), seeded_weights())
         server.shutdown()
     assert len(list(kept.glob("*y.npz*"))) == len(list(kept.glob("*.npz"))) == 2
-
 
 def test_tfds_datasets_are_read_as_array_record_without_tensorflow(tmp_path):
     pytest.importorskip("array_record")  # Linux only
@@ -456,15 +424,13 @@ def test_tfds_datasets_are_read_as_array_record_without_tensorflow(tmp_path):
     TinyPhotos(data_dir=tmp_path, file_format="array_record").download_and_prepare()
     data = vit.load_data("tiny_photos", vit.Options(data_dir=tmp_path))
     assert [*data["classes"]] == [*"0123456789"] and len(data["test"]) == 5
-    for image, label in (data["train"][i] for i in range(20)):
+    for image, label in (data["read"](data["train"][i]) for i in range(20)):
         assert image.mode == "RGB" and label == np.asarray(image)[0, 0, 0] % 10
     assert "tensorflow" not in sys.modules
-    with pytest.raises(vit.BadInput, match="cannot prepare mnist.*TensorFlow is installed, run"):
+    with pytest.raises(vit.BadInput, match="cannot use mnist.*where TensorFlow is"):
         vit.load_data("mnist", vit.Options(data_dir=tmp_path))
 
-
 # -------------------------------------------------------------------------------------- Training
-
 
 def test_eight_devices_give_what_one_gives_and_a_step_is_its_parts_and_lowers_the_loss():
     start, r = seeded_params((8, 16, 2, 2, 32), 16), np.random.RandomState(0)
@@ -489,33 +455,31 @@ def test_eight_devices_give_what_one_gives_and_a_step_is_its_parts_and_lowers_th
     (loss, new), batch = one[0], (batches[0][0] / np.float32(127.5) - 1, batches[0][1])
     expected, grads = loss_and_gradient(start, *batch)
     assert abs(loss - expected) < 1e-5 and loss_and_gradient(new, *batch)[0] < expected
-    all_close(new, jax.tree.map(lambda p, g: p - 0.01 * g, start, clip(grads, 1.0)[0]), 1e-6)
-
+    all_close(new, jax.tree.map(lambda p, g: p - 0.01 * g, start, clip(grads, 1.0)), 1e-6)
 
 accuracy = re.compile("^test accuracy (.*) of", re.M).findall
-
 
 def metrics(run):
     return [row.split(",") for row in (run / "metrics.csv").read_text().splitlines()]
 
-
 def test_a_dataset_of_ones_own_is_learned_in_any_thread_and_signals_in_evaluations_lose_no_row(
         tmp_path, capsys, monkeypatch):
-    examples = [*vit.image_folder(picture_folder(tmp_path / "data"))["train"]]
+    data = vit.image_folder(picture_folder(tmp_path / "data"))
+    examples = [*map(data["read"], data["train"])]
     signals, both = [], (signal.SIGTERM, signal.SIGINT)
 
     def read(i):
-        if i == 0 and signals:
+        if i == 100 and signals:
             os.kill(os.getpid(), signals.pop(0))
-        return examples[i]
+        return examples[i % 16]
 
-    data = {"classes": ["cat", "dog"], "train": examples, "test": vit.Split(range(10), read)}
+    data = {"classes": ["cat", "dog"], "train": range(16), "test": range(100, 110), "read": read}
     command = ["own", *TINY, "--total_steps=30", "--base_lr=0.1", "--eval_every=15"]
     _, options = vit.parse_options([*command, f"--logdir={tmp_path / 'thread'}"])
     with ThreadPoolExecutor(1) as pool:
         params = pool.submit(vit.train, options, data).result()
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(params))
-    assert vit.evaluate(vit.replicate(params), data["test"], 16) == 1
+    assert vit.evaluate(vit.replicate(params), data, options) == 1
     monkeypatch.setattr(vit, "load_data", lambda *_: data)
     signals += [signal.SIGTERM, 0, signal.SIGINT]  # in step 15, none when it goes on, in the last
     before = [signal.getsignal(number) for number in both]
@@ -527,7 +491,6 @@ def test_a_dataset_of_ones_own_is_learned_in_any_thread_and_signals_in_evaluatio
     saved = json.loads(str(vit.read_npz(tmp_path / "checkpoint.npz")["train/run"]))["rows"]
     assert [row[0] for row in saved if row[-1] != ""] == [15, 30]
 
-
 def test_a_run_leaves_what_people_look_at_and_its_folder_is_refused_to_others(tmp_path, capsys):
     root, run = picture_folder(tmp_path / "data"), tmp_path / "run"
     path, command = run / "checkpoint.npz", [
@@ -538,7 +501,7 @@ def test_a_run_leaves_what_people_look_at_and_its_folder_is_refused_to_others(tm
         error = capsys.readouterr().err
         assert words in error and str(run) in error and error.count("\n") == 1
 
-    with vit.locked(run):
+    with vit.lock(run):
         refused("another run is at work")
     assert vit.main(command) == 0
     out = capsys.readouterr().out
@@ -552,10 +515,9 @@ def test_a_run_leaves_what_people_look_at_and_its_folder_is_refused_to_others(tm
     assert vit.main([str(root), "--eval_only", f"--pretrained={path}"]) == 0
     assert accuracy(capsys.readouterr().out) == ["100.00%"]
     assert vit.main(command) == 0 and equal(vit.read_npz(path), arrays)  # nothing was left to do
-    refused("base_lr=0.1, now it is 0.5", "--base_lr=0.5")
+    refused("base_lr was 0.1, now it is 0.5", "--base_lr=0.5")
     (root / "train/cat/3.png").unlink()
-    refused("training images=16, now it is 15")
-
+    refused("training images was 16, now it is 15")
 
 @pytest.mark.parametrize("trouble, step", [
     ("nan", 2), ("train/dog/7.png", [*vit.epoch_order(0, 0, 16)].index(15) // 8),
@@ -574,7 +536,6 @@ def test_an_infinite_loss_or_unreadable_image_ends_the_run_and_what_was_good_is_
     assert trouble in error and error.count("\n") == 1 and saved["train/step"] == step
     assert all(np.isfinite(v).all() for v in saved.values() if v.dtype.kind == "f")
 
-
 def python(*arguments, devices=1):
     """A Python process of its own, still running."""
     environment = os.environ | {
@@ -582,7 +543,6 @@ def python(*arguments, devices=1):
     return subprocess.Popen(
         [sys.executable, *map(str, arguments)], text=True, env=environment,
         cwd=Path(vit.__file__).parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
 
 def finish(process):
     """Its status, what it has printed, its errors."""
@@ -592,14 +552,12 @@ def finish(process):
         process.kill()
     return process.returncode, out, error
 
-
 def without_speed(folder):
     """All that a run leaves, but the images per second."""
     arrays = vit.read_npz(folder / "checkpoint.npz")
     run = json.loads(str(arrays.pop("train/run")))
     return [[row[:3] + row[4:] for row in rows] for rows in (run["rows"], metrics(folder))], {
         name: array.tobytes() for name, array in arrays.items()}, run["fixed"]
-
 
 def test_a_run_killed_stopped_or_no_longer_heard_ends_bit_for_bit_as_one_left_alone(tmp_path):
     command = [vit.__file__, picture_folder(tmp_path / "data"), *TINY, "--augment=inception",
@@ -630,14 +588,11 @@ def test_a_run_killed_stopped_or_no_longer_heard_ends_bit_for_bit_as_one_left_al
     assert status == finish(alone)[0] == 0 and f"step {step} of 40" in out, error
     assert without_speed(killed) == without_speed(whole) and not list(killed.glob("*.partial"))
 
-
 # --------------------------------------------------------------------------------- Several hosts
-
 
 def free_address():
     with socket.create_server(("127.0.0.1", 0)) as free:
         return f"127.0.0.1:{free.getsockname()[1]}"
-
 
 def two_hosts(*flags, differing=("--log_every=3",) * 2):
     """vit.py as two hosts, with one more flag for each: finish() of both."""
@@ -650,12 +605,11 @@ def two_hosts(*flags, differing=("--log_every=3",) * 2):
             break
     return results
 
-
 def test_two_hosts_give_what_one_gives_and_end_together_where_one_cannot_read(tmp_path):
     root = picture_folder(tmp_path / "data", train=32)
     train = vit.image_folder(root)["train"]
-    _, bad = train.entries[vit.epoch_order(0, 0, 64)[-1]]  # in the second host's last share
-    bad.write_text("no image")
+    _, bad = train[vit.epoch_order(0, 0, 64)[-1]]  # in the second host's last share
+    Path(bad).write_text("no image")
     flags = [root, *TINY, "--total_steps=9", "--mixup_alpha=0.2", "--dropout=0.1", "--log_every=3",
              "--eval_every=3", "--checkpoint_every=3"]
     (first, two, _), (second, silent, error) = two_hosts(*flags, f"--logdir={tmp_path / 'two'}")
@@ -669,7 +623,6 @@ def test_two_hosts_give_what_one_gives_and_end_together_where_one_cannot_read(tm
     assert a["train/step"] == b["train/step"] == 3
     all_close(vit.read_params(a, "one"), vit.read_params(b, "two"), 1e-6)
 
-
 def test_hosts_that_differ_fail_or_never_come_let_none_wait_for_ever(tmp_path):
     options = f"coordinator_address='{free_address()}', num_processes=2"
     waiting = python("-c", f"import vit; vit.join_hosts(vit.Options({options}), patience=3)")
@@ -682,13 +635,12 @@ def test_hosts_that_differ_fail_or_never_come_let_none_wait_for_ever(tmp_path):
     status, out, error = finish(waiting)
     assert status == 2 and "to 127.0.0.1:" in out and "Traceback" not in error
 
-
 # ------------------------------------------------------------------------------ Photos, bad input
-
 
 def test_photos_are_classified_and_their_attention_is_drawn(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    vit.save_checkpoint("x.npz", seeded_params(SMALL, 32, 7), [f"kind {i}" for i in range(7)])
+    vit.save_checkpoint("x.npz", seeded_params(SMALL, 32, 7),
+                        class_names=[f"kind {i}" for i in range(7)])
     for photo in ("a.jpg", "b.png"):
         Image.effect_mandelbrot((90, 60), (-2, -1, 1, 1), 50).convert("RGB").save(photo)
     assert vit.main(["a.jpg", "b.png", "--pretrained=x.npz"]) == 0
@@ -696,40 +648,37 @@ def test_photos_are_classified_and_their_attention_is_drawn(tmp_path, capsys, mo
     assert len(shares) == 10 and shares[:5] == sorted(shares[:5], key=float, reverse=True)
     assert all(Image.open(f"{x}-attention.png").size == (180, 60) for x in ("a.jpg", "b.png"))
 
-
 BIAS = "Transformer/encoderblock_1/LayerNorm_2/bias"
 QUERY = "Transformer/encoderblock_0/MultiHeadDotProductAttention_1/query/kernel"
 BAD_ARRAYS = {  # of checkpoints, otherwise good: what is wrong, what the error says
     "pickled": ({"cls": np.array([{}], object)}, "allow_pickle"),
     "registers": ({"registers": np.ones(1, np.float32)}, "registers"),
     "half": ({"pre_logits/kernel": np.eye(32, dtype=np.float32)}, "pre_logits"),
-    "misshapen": ({BIAS: np.zeros(7, np.float32)}, "is (7,), should be (32,)"),
-    "nan": ({BIAS: np.full(32, np.nan)}, "NaN"), "ints": ({BIAS: np.zeros(32, int)}, "no floats"),
+    "misshapen": ({BIAS: np.zeros(7, np.float32)}, "(7,)"),
+    "nan": ({BIAS: np.full(32, np.nan)}, "NaN"), "ints": ({BIAS: np.zeros(32, int)}, "'i'"),
     "huge": ({BIAS: np.full(32, 1e300)}, "infinity"),
     "heads": ({QUERY: np.zeros((32, 100, 1), np.float32)}, "heads.npz"),
-    "names": ({"class_names": np.array(["cat"])}, "2 classes")}
+    "names": ({"class_names": np.array(["cat"])}, "class_names")}
 FLAGS = (  # after digits --
-    ("modle=ViT-B_16", "--modle"), ("model=ViT-Q_16", "ViT-Q_16"), ("model=B_16", "'B_16'"),
+    ("modle=ViT-B_16", "--modle"), ("model=ViT-Q_16", "ViT-Q_16"), ("model=B_16", "make a B_16"),
     ("model=ViT-XS_0", "ViT-XS_0"), ("decay_type=step", "step"), ("total_steps=many", "many"),
     ("batch_size=0", "--batch_size=0"), ("batch_size=9", "--batch_size=9"),
-    ("base_lr=-1", "--base_lr=-1.0"), ("base_lr=nan", "--base_lr=nan"), ("image_size=30", "32 is"),
+    ("base_lr=-1", "--base_lr=-1.0"), ("base_lr=nan", "--base_lr=nan"), ("image_size=30", "no multiple"),
     ("dropout=1.5", "--dropout=1.5"), ("warmup_steps=2000", "2000"), ("mixup_alpha=inf", "alpha"),
-    ("batch_size=8 --mixup_alpha=1", "--mixup_alpha takes an even number"),
     ("seed=18446744073709551616", "--seed"), ("total_steps=4294967296", "--total_steps"),
-    ("image_size=80000", "--image_size=80000"), ("eval_only", "--pretrained=FILE"),
+    ("image_size=80000", "--image_size=80000"), ("eval_only", "runs/digits/checkpoint.npz"),
     ("pretrained=released --model=ViT-S_14 --image_size=28", "ViT-S_14"),
     ("eval_only --pretrained=good.npz", "good.npz"), ("num_processes=2", "--coordinator_address"),
     ("coordinator_address=foo", "--coordinator_address='foo'"),
     ("coordinator_address=127.0.0.1:abc", "127.0.0.1:abc"))
 CHECKPOINTS = (  # after good --pretrained=
     *((f"{name}.npz", message) for name, (_, message) in BAD_ARRAYS.items()),
-    ("", "--pretrained= is no file"), ("absent.npz", "absent.npz"), ("empty.npz", "empty.npz"),
+    ("", "read the checkpoint ''"), ("absent.npz", "absent.npz"), ("empty.npz", "empty.npz"),
     ("text.npz", "text.npz"), ("cut.npz", "cut.npz"), ("nothing.npz", "find a ViT in nothing.npz"),
-    ("gap.npz", "encoderblock_1"), ("missing.npz", "LayerNorm_2/bias is missing, should be (32,)"),
+    ("gap.npz", "encoderblock_1"), ("missing.npz", "1/LayerNorm_2/bias', 'f', (32,)"),
     ("twice.npz", "two arrays of one name"), ("good.npz --model=ViT-B_16", "ViT-B_16"),
-    ("good.npz --image_size=30", "32 is"), ("others.npz --eval_only", "knows other classes"),
+    ("good.npz --image_size=30", "no multiple"), ("others.npz --eval_only", "knows other classes"),
     ("http://127.0.0.1:9/v.npz --data_dir=cache", "v.npz by hand"))
-
 
 @pytest.fixture(scope="module")
 def bad(tmp_path_factory):
@@ -757,13 +706,12 @@ def bad(tmp_path_factory):
     Image.new("F", (20, 20)).save(root / "x.tiff")
     return root
 
-
 @pytest.mark.parametrize("command, message", [
     *((f"digits --{flags}", message) for flags, message in FLAGS),
     *((f"good --pretrained={file}", message) for file, message in CHECKPOINTS),
     *((f"{image} --pretrained=good.npz", image) for image in ("text.npz", "bomb.png", "x.tiff")),
-    ("cifra10", "cifar10"), ("CIFAR10", "is no file, no folder"), ("no_images", "must hold images"),
-    ("nothere.jpg", "is no file, no folder"), ("imagenette/320px-v9", "imagenette/320px-v9"),
+    ("cifra10", "cifar10"), ("CIFAR10", "no file, no folder"), ("no_images", "must hold"),
+    ("nothere.jpg", "no file, no folder"), ("imagenette/320px-v9", "imagenette/320px-v9"),
     ("no/such/folder", "no/such/folder"), ("good --logdir=.", "checkpoint.npz"),
     ("one", "'cat'"), ("unknown", "'wolf'"), ("cut_image --logdir=cut", "dog/3.png"),
     ("text.npz digits", "text.npz digits")])
@@ -773,14 +721,12 @@ def test_bad_input_is_one_line_and_status_2(command, message, bad, capsys, monke
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and len(error) < 600, error
 
-
 def test_help_explains_every_flag_with_its_default(capsys):
     with pytest.raises(SystemExit, match="0"):
         vit.main(["--help"])
     out = " ".join(capsys.readouterr().out.split())
     for field in dataclasses.fields(vit.Options):
         assert re.search(rf"--{field.name} .*\S \({re.escape(str(field.default))}\)", out)
-
 
 def test_the_head_of_the_file_asks_for_what_requirements_txt_asks_for():
     source = Path(vit.__file__)
