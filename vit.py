@@ -72,10 +72,10 @@ class Options:
     image_size: int = 384  # side of what the model sees, in pixels
     dtype: str = "float32"  # of activations, or bfloat16; parameters are float32
     # Learning
-    batch_size: int = 512  # images in an update, over all devices and accumulation steps
-    accum_steps: int = 8  # parts in which a device works through its share
+    batch_size: int = 512  # images in an update, on all devices together
+    accum_steps: int = 8  # parts in which a device does its share
     total_steps: int = 10_000  # number of updates
-    warmup_steps: int = 500  # updates during which the learning rate rises
+    warmup_steps: int = 500  # updates while the learning rate rises
     base_lr: float = 0.03  # learning rate after them
     decay_type: str = "cosine"  # how it falls from there, or linear
     grad_norm_clip: float = 1.0  # largest global norm of the gradients
@@ -89,8 +89,8 @@ class Options:
     log_every: int = 10  # steps between lines of progress
     eval_every: int = 100  # steps between evaluations
     checkpoint_every: int = 1000  # steps between checkpoints
-    eval_only: bool = False  # only evaluate --pretrained, by default the logdir's
-    remat: bool = False  # keep less in memory for the gradient, compute more
+    eval_only: bool = False  # --pretrained, by default the logdir's
+    remat: bool = False  # less memory, more computing
     # Several hosts, one command on each
     coordinator_address: str = ""  # HOST:PORT of the first, or auto
     num_processes: int = 1  # number of hosts
@@ -107,8 +107,8 @@ class Options:
 
 # ---------------------------------------------------------------------------------------- 2. Model
 
-SIZES = {  # width D, blocks L, heads A, width of the MLP: the paper, table 1; Ti, S: 2106.10270
-    "XS": (64, 2, 4, 256),  # ours, small enough to learn digits on a CPU
+SIZES = {  # D, L, A, width of the MLP: the paper, table 1; Ti, S: arXiv 2106.10270
+    "XS": (64, 2, 4, 256),  # ours, for digits on a CPU
     "Ti": (192, 12, 3, 768),
     "S": (384, 12, 6, 1536),
     "B": (768, 12, 12, 3072),
@@ -346,7 +346,7 @@ def eval_step(params, images, labels, dtype):
 
 # ------------------------------------------------------------------------------------- 4. Examples
 
-ORDER, CROPS = 0, 1  # streams of random numbers, for np.random.default_rng([seed, stream, ...])
+ORDER, CROPS = 0, 1  # streams of random numbers, beside the seed
 BILINEAR = Image.Resampling.BILINEAR
 
 @functools.cache
@@ -469,7 +469,7 @@ def training_loop(options, data, places, state, run, signals):
             if due(options.eval_every) and step not in tested:
                 record(options, run, step, accuracy=evaluate(
                     state["params"], data, options, signals))
-            if due(options.checkpoint_every):  # last, so that it has the rows of this step
+            if due(options.checkpoint_every):  # last: it has the rows of this step
                 save_run(options, state, run)
             if step == first + 1 or due(*every):  # only updates are timed
                 clock, timed = time.perf_counter(), step
@@ -486,7 +486,7 @@ def training_loop(options, data, places, state, run, signals):
             require(math.isfinite(previous), "the loss is nan or infinite; try a lower --base_lr")
     except BaseException:
         if step > first:
-            with contextlib.suppress(RuntimeError):  # JAX's, where the state is lost as well
+            with contextlib.suppress(RuntimeError):  # JAX's: the state is lost as well
                 save_run(options, state, run)
         raise
     print(f"done: {options.logdir}/checkpoint.npz")
@@ -584,7 +584,7 @@ def resize_position_embeddings(embeddings, grid):
     as the release's: [1, 1 + g*g, D] -> [1, 1 + grid*grid, D]. That of the class token stays."""
     old = math.isqrt(embeddings.shape[1] - 1)
     patches = embeddings[0, 1:].reshape(old, old, -1)  # [g, g, D]
-    at = np.linspace(0, old - 1, grid)  # where new rows (and columns) lie among the old
+    at = np.linspace(0, old - 1, grid)  # new rows and columns among the old
     bilinear = np.maximum(0, 1 - abs(at[:, None] - np.arange(old)))  # [grid, g]
     patches = np.einsum("ia,jb,abd->ijd", bilinear, bilinear, patches, optimize=True)
     patches = patches.reshape(1, grid * grid, -1).astype(np.float32)
@@ -896,19 +896,18 @@ def tfds_dataset(name, data_dir):
     call = f't.builder("{name}", data_dir="{data_dir}", file_format="array_record")'
     with explained(f"use {name}", "; to prepare it, where TensorFlow is: python -c 'import "
                    f"tensorflow_datasets as t; {call}.download_and_prepare()'"):
-        image, label = builder.info.supervised_keys
-        classes = builder.info.features[label].names
+        classes = builder.info.features["label"].names
         parts = [part for part in ("train", "test", "validation") if part in builder.info.splits]
         if name == "imagenet2012":  # as the release
             parts = ["train[:99%]", "validation"]
         elif len(parts) == 1:
             parts = ["train[:90%]", "train[90%:]"]
-        train, test = (builder.as_data_source(part, decoders={image: tfds.decode.SkipDecoding()})
+        train, test = (builder.as_data_source(part, decoders={"image": tfds.decode.SkipDecoding()})
                        for part in parts[:2])
 
     def read(example):
-        require(example[label] >= 0, f"{name} has images without a label")
-        return decode(io.BytesIO(example[image]), f"of {name}"), int(example[label])
+        require(example["label"] >= 0, f"{name} has images without a label")
+        return decode(io.BytesIO(example["image"]), f"of {name}"), int(example["label"])
 
     return {"classes": classes, "train": train, "test": test, "read": read}
 
