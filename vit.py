@@ -71,7 +71,6 @@ class Options:
     pretrained: str = "released"  # checkpoint to start from, or a file, an address, none
     image_size: int = 384  # side of what the model sees, in pixels
     dtype: str = "float32"  # of activations, or bfloat16; parameters are float32
-    # Learning
     batch_size: int = 512  # images in an update, on all devices together
     accum_steps: int = 8  # parts in which a device does its share
     total_steps: int = 10_000  # number of updates
@@ -101,7 +100,7 @@ class Options:
             fits = value in CHOICES.get(name, [value])
             if type(value) in (int, float):
                 fits = 0 <= value < BELOW.get(name, 2**31) and (value or name in MAY_BE_ZERO)
-            require(fits, f"--{name}={value} is out of range")
+            require(fits, f"--{name}={value} is out of range {CHOICES.get(name, '')}")
         require(self.warmup_steps < self.total_steps,
                 f"--warmup_steps={self.warmup_steps} must be below --total_steps")
 
@@ -183,10 +182,9 @@ def forward(params, images, dropout_key=None, dropout_rate=0.0, remat=False,
     return_attention also the attention weights, [L, B, A, N, N].
     All sizes follow from params, see `init_params`. Activations have the dtype of images, float32
     or bfloat16. A key turns dropout on. TypeError where the patches do not fit the embeddings.
-
     For the gradient, JAX keeps what the forward pass computed. Here it keeps the products with
     weight matrices only; norms, softmax and GELU are cheaper to compute again than to write to
-    memory and read back. With remat it keeps the input of each block only."""
+    memory and read back. With remat it keeps only what goes from block to block."""
     encoder = params["Transformer"]
     blocks = encoder["encoderblock"]  # the arrays of the L blocks are stacked: [L, ...]
     x = patch_embedding(images, **params["embedding"])  # [B, N-1, D]
@@ -216,7 +214,7 @@ def forward(params, images, dropout_key=None, dropout_rate=0.0, remat=False,
 def init_params(key, model, image_size, num_classes, features=0):
     """Random parameters to train from scratch, distributed as the release's: a nested dict of
     float32 arrays under its names. model: like "ViT-B_16", or (P, D, L, A, width of the MLP);
-    image_size in pixels; features: the width of a pre_logits layer, 0 for none."""
+    image_size in pixels; features: the width of a pre_logits layer, for the shapes only."""
     if isinstance(model, str):
         _, name = model.split("-")
         size, patch = name.split("_")
@@ -268,7 +266,7 @@ def cross_entropy(logits, targets):
 
 def mixup(images, targets, share):
     """Blends a batch with itself reversed as share : 1 - share, images [B, ...] and targets [B, K]
-    alike (arXiv 1710.09412). Here the batch is what a device works on at a time."""
+    alike (arXiv 1710.09412). Here the batch is what a device has at a time, so two or more."""
     return tuple(share * x + (1 - share) * x[::-1] for x in (images, targets))
 
 def learning_rate(step, base_lr, total_steps, warmup_steps, decay_type="cosine"):
@@ -297,10 +295,8 @@ def sgd_update(params, momentum, grads, learning_rate, decay=0.9):
     params = jax.tree.map(lambda p, m: p - learning_rate * m, params, total)
     return params, jax.tree.map(lambda old, m: m.astype(old.dtype), momentum, total)
 
-on_all_devices = functools.partial(jax.pmap, axis_name="devices", in_axes=(None, 0, 0, None),
-                                   out_axes=None, static_broadcasted_argnums=3)
-
-@functools.partial(on_all_devices, donate_argnums=0)
+@functools.partial(jax.pmap, axis_name="devices", in_axes=(None, 0, 0, None), out_axes=None,
+                   static_broadcasted_argnums=3, donate_argnums=0)
 def train_step(state, images, labels, options):
     """One update, as each device runs it on its share of the batch: new state, loss, learning rate.
     state: dict of params, momentum and step (int32 []). images: uint8 [accum_steps, B, H, W, 3],
@@ -312,8 +308,9 @@ def train_step(state, images, labels, options):
     second copy of the state. Numbers cross between devices at one point only: `pmean` replaces
     loss and gradients by their mean. So all have the same new state, which is returned once."""
     params = state["params"]
-    mixup_key = jax.random.fold_in(jax.random.key(options.seed), state["step"])
-    dropout_key = jax.random.fold_in(mixup_key, jax.lax.axis_index("devices"))
+    key = jax.random.fold_in(jax.random.key(options.seed), state["step"])
+    mixup_key, dropout_key = jax.random.split(key)
+    dropout_key = jax.random.fold_in(dropout_key, jax.lax.axis_index("devices"))
     dropout_keys = jax.random.split(dropout_key, options.accum_steps)
     def loss_of(params, images, labels, dropout_key):
         images, targets = to_pixels(images), jax.nn.one_hot(labels, params["head"]["bias"].size)
@@ -338,7 +335,8 @@ def train_step(state, images, labels, options):
     params, momentum = sgd_update(params, state["momentum"], grads, rate)
     return {"params": params, "momentum": momentum, "step": state["step"] + 1}, loss, rate
 
-@on_all_devices
+@functools.partial(jax.pmap, axis_name="devices", in_axes=(None, 0, 0, None), out_axes=None,
+                   static_broadcasted_argnums=3)
 def eval_step(params, images, labels, dtype):
     """How many uint8 images [devices, B, H, W, 3] get their label [devices, B] on all: int32 []."""
     guesses = forward(params, to_pixels(images, dtype)).argmax(axis=-1)
@@ -348,12 +346,13 @@ def eval_step(params, images, labels, dtype):
 
 ORDER, CROPS = 0, 1  # streams of random numbers, beside the seed
 BILINEAR = Image.Resampling.BILINEAR
+load_font = functools.cache(ImageFont.load_default)
 
 @functools.cache
 def draw_digit(i):
     """Digit i modulo 10 in Pillow's own font, moved and turned: (RGB image, 32 x 32; label)."""
     rng = np.random.default_rng(i)
-    image, font = Image.new("L", (32, 32)), ImageFont.load_default(int(rng.integers(22, 31)))
+    image, font = Image.new("L", (32, 32)), load_font(int(rng.integers(22, 31)))
     ImageDraw.Draw(image).text(tuple(rng.integers(13, 20, 2)), str(i % 10), 255, font, anchor="mm")
     return image.rotate(rng.uniform(-15, 15), BILINEAR).convert("RGB"), i % 10
 
@@ -381,9 +380,9 @@ def training_example(data, options, index):
     """Example number index since step 0: (uint8 [image_size, image_size, 3], label). A function of
     its arguments alone, index being step * batch size + place in the batch, so that a resumed run,
     or one on other devices, sees what any other would have seen. data: see `train`."""
-    epoch, place = divmod(index, len(data["train"]))
-    order = epoch_order(options.seed, epoch, len(data["train"]))
-    image, label = data["read"](data["train"][order[place]])
+    n = len(data["train"])
+    epoch, place = divmod(index, n)
+    image, label = data["read"](data["train"][epoch_order(options.seed, epoch, n)[place]])
     if options.augment == "none":
         return to_array(image, options.image_size), label
     rng = np.random.default_rng([options.seed, CROPS, index])
@@ -426,11 +425,11 @@ def evaluate(params, data, options, signals=()):
     batch_size = max(1, share) * jax.device_count()
     indices = (first + shares(batch_size)[:, 0] for first in range(0, n, batch_size))
     correct = 0
-    for i, (images, labels) in enumerate(batches(example, indices)):
+    for i, (images, labels) in enumerate(batches(example, indices), 1):
         correct += int(eval_step(params, images, labels, options.dtype))
         if signals and jax.process_count() == 1:
             raise KeyboardInterrupt(*signals)
-        if i % 50 == 49:
+        if i % 50 == 0:
             print(f"evaluating: {i * batch_size} of {n} images")
     print(f"test accuracy {correct / n:.2%} of {n} images")
     return correct / n
@@ -450,36 +449,36 @@ def train(options, data):
 def training_loop(options, data, places, state, run, signals):
     """Does the steps that are left. state, run: see `begin_or_resume`; places: see `shares`."""
     first = timed = int(state["step"])
-    every = options.log_every, options.eval_every, options.checkpoint_every
     loss, rate, clock = 0.0, 0.0, time.perf_counter()
     tested = [row[0] for row in run["rows"] if row[-1] != ""]
     example = functools.partial(training_example, data, options)
     feed = batches(example, (options.batch_size * step + places
                              for step in range(first, options.total_steps)))
-    def due(*every):
-        return step > 0 and (any(step % n == 0 for n in every) or step == options.total_steps)
-
     try:
         for step in range(first, options.total_steps + 1):
-            # What is due after so many updates. A run that goes on makes up for a lost evaluation.
-            if due(options.log_every) and step > first:
-                loss = float(loss)  # waits
+            # First what is due by now (so a run that goes on makes up for a lost evaluation).
+            last = step == options.total_steps
+            logs, tests, saves = (step > 0 and (last or step % every == 0) for every in (
+                options.log_every, options.eval_every, options.checkpoint_every))
+            if logs and step > first:
+                loss = float(loss)  # waits for the update
                 speed = (step - timed) * options.batch_size / (time.perf_counter() - clock)
                 record(options, run, step, loss, float(rate), speed)
-            if due(options.eval_every) and step not in tested:
+            if tests and step not in tested:
                 record(options, run, step, accuracy=evaluate(
                     state["params"], data, options, signals))
-            if due(options.checkpoint_every):  # last: it has the rows of this step
+            if saves:  # last: it has the rows of this step
                 save_run(options, state, run)
-            if step == first + 1 or due(*every):  # only updates are timed
+            if logs or tests or saves or step == first + 1:  # only updates are timed
+                jax.block_until_ready(loss)
                 clock, timed = time.perf_counter(), step
             # Several hosts must end after the same update, so now and then they ask each other.
-            may_stop = jax.process_count() == 1 or due(options.log_every)
+            may_stop = logs or jax.process_count() == 1
             if may_stop and process_allgather(bool(signals)).any():
                 raise KeyboardInterrupt(*signals)
-            if step == options.total_steps:
+            if last:
                 break
-            # The next update.
+            # Then the next update.
             previous, (images, labels) = loss, next(feed)
             state, loss, rate = train_step(state, images, labels, options)
             # To wait for the loss of the update before, not of this one, keeps the devices busy.
@@ -489,7 +488,6 @@ def training_loop(options, data, places, state, run, signals):
             with contextlib.suppress(RuntimeError):  # JAX's: the state is lost as well
                 save_run(options, state, run)
         raise
-    print(f"done: {options.logdir}/checkpoint.npz")
     return jax.device_get(state["params"])
 
 # -------------------------------------------------------------------------------------- 6. Weights
@@ -502,8 +500,10 @@ def to_released(params):
     arrays = {}
     for path, leaf in jax.tree.leaves_with_path(params):
         name = leaf_name(path)
-        blocks = enumerate(leaf) if "/encoderblock/" in name else [(0, leaf)]
-        arrays |= {name.replace("block/", f"block_{i}/"): array for i, array in blocks}
+        if "/encoderblock/" in name:
+            arrays |= {name.replace("block/", f"block_{i}/"): x for i, x in enumerate(leaf)}
+        else:
+            arrays[name] = leaf
     return arrays
 
 def read_params(arrays, source):
@@ -544,7 +544,7 @@ def read_params(arrays, source):
 
 def read_npz(path):
     """{name: array} of an .npz file, each checked against its CRC-32; nothing is unpickled."""
-    with explained(f"read the checkpoint {path!r}"), np.load(path) as file:
+    with explained(f"read the checkpoint '{path}'"), np.load(path) as file:
         require(len(set(file.files)) == len(file.files), f"{path} has two arrays of one name")
         return dict(file)
 
@@ -611,7 +611,7 @@ def adapt(params, image_size, num_classes=None):
                           "bias": np.zeros(num_classes, np.float32)}
     return params
 
-# ---------------------------------------------------------------------- 7. Runs that lose nothing
+# -------------------------------------------------------------------------- 7. Runs that can go on
 
 FIXED = ("model", "pretrained", "image_size", "dtype", "batch_size", "total_steps", "warmup_steps",
          "base_lr", "decay_type", "grad_norm_clip", "dropout", "mixup_alpha", "augment", "seed")
@@ -642,14 +642,14 @@ def lock(folder):
         import fcntl
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        require(False, f"another run is at work in {folder}; wait, or take another")
+        require(False, f"another run is at work in {folder}; wait, or take another folder")
     except (ImportError, OSError):
         pass  # neither Windows nor every network disk has such locks
     return file
 
 @contextlib.contextmanager
 def noted_signals():
-    """A list to which the first Ctrl-C or SIGTERM is added; a second one ends the process at once.
+    """A list to which the first Ctrl-C or SIGTERM is added; the same again ends it at once.
     Handlers are put back afterwards; threads other than the main one cannot have any."""
     noted = []
     def note(number, _):
@@ -694,8 +694,8 @@ def begin_or_resume(options, data):
     for name in sorted(same.keys() - {"process_id", "logdir", "data_dir"}):
         with explained(f"start: the hosts differ in {name}"):
             assert_equal(np.uint32(zlib.crc32(str(same[name]).encode())))
-    print(f"{len(data['train'])} training images, {jax.device_count()} x "
-          f"{jax.devices()[0].device_kind}, step {step} of {options.total_steps}")
+    print(f"{options.logdir}: step {step} of {options.total_steps}, {len(data['train'])} training "
+          f"images, {jax.device_count()} x {jax.devices()[0].device_kind}")
     return replicate({"params": params, "momentum": momentum, "step": np.int32(step)}), run
 
 def save_run(options, state, run):
@@ -745,20 +745,21 @@ def join_hosts(options, patience=300):
             f"--coordinator_address={address!r} must be HOST:PORT of the first host, or auto")
     print(f"waiting for all hosts to come to {address}, {patience} s at most")
     hosts = () if address == "auto" else (address, options.num_processes, options.process_id)
-    together, late = threading.Event(), time.monotonic() + patience
+    late = threading.Timer(patience, os._exit, [2])  # JAX itself would end in a stack of C++
+    late.daemon = True
+    late.start()
+    with explained(f"join the hosts at {address}"):
+        jax.distributed.initialize(*hosts, initialization_timeout=2 * patience)
+    late.cancel()
+
     def watch():
         while threading.main_thread().is_alive():
             time.sleep(1)
-            if not together.is_set() and time.monotonic() > late:
-                os._exit(2)
-            if together.is_set() and distributed.client.key_value_dir_get("failed/"):
+            if distributed.client.key_value_dir_get("failed/"):
                 time.sleep(1 if jax.process_index() else 5)  # the first goes last
                 os._exit(2)
 
     threading.Thread(target=watch).start()
-    with explained(f"join the hosts at {address}"):
-        jax.distributed.initialize(*hosts, initialization_timeout=2 * patience)
-    together.set()
     if jax.process_index() > 0:
         sys.stdout = None  # print does nothing then: the first host speaks for all
 
@@ -779,12 +780,12 @@ def classify(options, photos):
     if options.pretrained == "released":
         file = fetch(IMAGENET_NAMES, options, lambda path: path.read_text().splitlines()[999])
         names = file.read_text().splitlines()
-    params = adapt(params, options.image_size)
-    run = jax.jit(functools.partial(forward, return_attention=True))
+    params = jax.device_put(adapt(params, options.image_size))
+    model = jax.jit(functools.partial(forward, return_attention=True))
     for photo in photos:
         image = decode(photo, photo)
         pixels = to_pixels(to_array(image, image_size_of(params)), options.dtype)
-        logits, weights = run(params, pixels[None])
+        logits, weights = model(params, pixels[None])
         light = 26 + 229 * attention_rollout(np.asarray(weights))[0]  # nowhere quite dark
         mask = Image.fromarray(light.astype(np.uint8)).resize(image.size, BILINEAR)
         lit = Image.composite(image, Image.new("RGB", image.size), mask)
@@ -809,8 +810,7 @@ CIFAR = {  # the authors' archives: address, SHA-256, labels in a record, files
 }
 
 def decode(file, name):
-    """A path or file object -> Pillow image in RGB, upright, from any size and mode, without alpha.
-    BadInput, with the name, where it is unreadable, of fractions, or above 179 million pixels."""
+    """A path or file object -> Pillow image in RGB, upright, without alpha. BadInput, with name."""
     with explained(f"read the image {name}"), Image.open(file, formats=FORMATS) as image:
         require(image.mode != "F", "it holds fractions; save it with 8 or 16 bits")
         image = ImageOps.exif_transpose(image)
@@ -833,8 +833,7 @@ def fetch(url, options, check):
     with lock(path.parent):
         with explained(f"fetch {url}", f"; try again, or put the file at {path} by hand"):
             urllib.request.urlretrieve(url, partial, show)
-        with partial.open("rb") as file:
-            start = file.read(30)
+        start = partial.read_bytes()[:30]
         with explained(f"use what {url} sent, beginning with {start}"):
             check(partial)
         partial.replace(path)
@@ -926,8 +925,8 @@ def load_data(name, options):
 
 PRESETS = {  # what a dataset has instead of the defaults
     "digits": {"model": "ViT-XS_8", "pretrained": "none", "image_size": 32, "augment": "none",
-               "batch_size": 64, "accum_steps": 1, "total_steps": 1200, "base_lr": 0.1,
-               "warmup_steps": 100, "eval_every": 600, "log_every": 100},
+               "batch_size": 64, "accum_steps": 1, "total_steps": 800, "base_lr": 0.1,
+               "warmup_steps": 100, "eval_every": 400, "log_every": 100},
     "imagenet2012": {"total_steps": 20_000},
 }
 
@@ -946,14 +945,15 @@ def parse_options(argv):
     flags = vars(parser.parse_intermixed_args(argv))
     paths = ["imagenet2012" if path == "imagenet" else path for path in flags.pop("data")]
     preset = PRESETS.get(paths[0], {})
-    logdir = f"runs/{paths[0].strip('./').replace('/', '-')}"
+    default = f"runs/{paths[0].strip('./').replace('/', '-')}"
+    flags["logdir"] = os.path.expanduser(flags.get("logdir", default))
     photos = all(map(os.path.isfile, paths))
     require(photos or len(paths) == 1, f"of {' '.join(paths)}, not all are image files")
     if photos:
         preset = {"image_size": None}  # as the checkpoint has it
     elif flags.get("eval_only"):
-        preset = {"image_size": None, "pretrained": f"{logdir}/checkpoint.npz"}
-    options = Options(**({"logdir": logdir} | preset | flags))
+        preset = {"image_size": None, "pretrained": f"{flags['logdir']}/checkpoint.npz"}
+    options = Options(**(preset | flags))
     require("model" not in flags or options.pretrained in ("released", "none"),
             f"--model={options.model} does not go with a --pretrained file")
     return paths, options
@@ -982,18 +982,18 @@ def main(argv=None):
         return 128 + (stop.args or [signal.SIGTERM])[0]
     except BrokenPipeError:  # of `| head`
         sys.stdout = None
-        return 128 + signal.SIGPIPE
+        status = 128 + signal.SIGPIPE
     except Exception as error:
-        line = " ".join(str(error).split())[:600]
+        status, line = 2, " ".join(str(error).split())[:600]
         if "RESOURCE_EXHAUSTED" in line:
             line = f"out of memory; try a larger --accum_steps, or --remat ({line})"
         if not isinstance(error, BadInput | OSError | MemoryError | jax.errors.JaxRuntimeError):
             sys.excepthook(*sys.exc_info())  # a bug of ours
         print(f"vit.py: {line}", file=sys.stderr)
-        if distributed.client:
-            distributed.client.key_value_set(f"failed/{jax.process_index()}", "")
-            threading.Event().wait()  # for `watch`, which ends all hosts
-        return 2
+    if distributed.client:
+        distributed.client.key_value_set(f"failed/{jax.process_index()}", "")
+        threading.Event().wait()  # for `watch`, which ends all hosts
+    return status
 
 if __name__ == "__main__":
     sys.exit(main())
