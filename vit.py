@@ -306,7 +306,7 @@ def train_step(state, images, labels, options):
     what each is given: 0, its own slice of the first axis; None, all of it. A static argument is
     known when it is compiled. A donated one gives its memory to the results: there is never a
     second copy of the state. Numbers cross between devices at one point only: `pmean` replaces
-    loss and gradients by their mean. So all have the same new state, which is returned once."""
+    loss and gradients by their mean. All get the same new state; out_axes=None returns it once."""
     params = state["params"]
     key = jax.random.fold_in(jax.random.key(options.seed), state["step"])
     mixup_key, dropout_key = jax.random.split(key)
@@ -455,7 +455,7 @@ def training_loop(options, data, places, state, run, signals):
     feed = batches(example, (options.batch_size * step + places
                              for step in range(first, options.total_steps)))
     try:
-        for step in range(first, options.total_steps + 1):
+        for step in range(first, options.total_steps + 1):  # updates done so far
             # First what is due by now (so a run that goes on makes up for a lost evaluation).
             last = step == options.total_steps
             logs, tests, saves = (step > 0 and (last or step % every == 0) for every in (
@@ -815,7 +815,7 @@ def decode(file, name):
         require(image.mode != "F", "it holds fractions; save it with 8 or 16 bits")
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # grey of 16 bits, which convert("RGB") would clip
-            image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+            image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
         return image.convert("RGBA" if "transparency" in image.info else "RGB").convert("RGB")
 
 def fetch(url, options, check):
@@ -888,7 +888,7 @@ def image_folder(root):
 def tfds_dataset(name, data_dir):
     """A TFDS dataset as data for `train`, read as ArrayRecord, without TensorFlow. BadInput."""
     require(re.fullmatch(r"[a-z]\w*([/:].*)?", name), f"{name} is no file, no folder, no dataset")
-    with explained(f"find {name}: it is no file, no folder, and no dataset of TFDS"):
+    with explained(f"find {name}, no file, no folder, no dataset of TFDS (there is imagenet2012)"):
         logging.getLogger("absl").setLevel(logging.ERROR)  # for one line, not two
         import tensorflow_datasets as tfds  # only here: to import it takes longer than JAX
         builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
@@ -943,7 +943,7 @@ def parse_options(argv):
         text = f"{comments[field.name]} ({field.default})"
         parser.add_argument(f"--{field.name}", help=text, **kind)
     flags = vars(parser.parse_intermixed_args(argv))
-    paths = ["imagenet2012" if path == "imagenet" else path for path in flags.pop("data")]
+    paths = flags.pop("data")
     preset = PRESETS.get(paths[0], {})
     default = f"runs/{paths[0].strip('./').replace('/', '-')}"
     flags["logdir"] = os.path.expanduser(flags.get("logdir", default))
@@ -965,20 +965,19 @@ def main(argv=None):
         paths, options = parse_options(argv)
         if options.coordinator_address or options.num_processes > 1:
             join_hosts(options)
-        if all(map(os.path.isfile, paths)):
+        if os.path.isfile(paths[0]):
             classify(options, paths)
         elif options.eval_only:
             data = load_data(paths[0], options)
             params, names = load_pretrained(options, fine_tuned=True)
-            classes = [*data["classes"]]
-            require([*names] in (classes, [*range(len(classes))]),
+            require([*names] in ([*data["classes"]], [*range(len(data["classes"]))]),
                     f"{options.pretrained} knows other classes than {paths[0]}")
             evaluate(replicate(adapt(params, options.image_size)), data, options)
         else:
             train(options, load_data(paths[0], options))
         return 0
     except KeyboardInterrupt as stop:
-        print("stopped; run the same command to go on")
+        print("stopped; run the same command to go on", file=sys.stderr)
         return 128 + (stop.args or [signal.SIGTERM])[0]
     except BrokenPipeError:  # of `| head`
         sys.stdout = None
