@@ -9,7 +9,7 @@
 "An Image is Worth 16x16 Words" (arXiv 2010.11929, "the paper" below) and the recipe of its code,
 google-research/vision_transformer ("the release"). Run it, read it, copy it:
 
-    python vit.py digits       # learns to read digits in half a minute; no download
+    python vit.py digits       # learns to read digits in a quarter of a minute
     python vit.py cifar10      # fine-tunes the released ViT-B/16
     python vit.py photo.jpg --pretrained=runs/cifar10/checkpoint.npz
 
