@@ -68,7 +68,7 @@ BELOW = {"image_size": 4097, "batch_size": 2**16 + 1, "dropout": 1}  # others: b
 class Options:
     """All flags, with the release's names and recipe; --help prints the comments. BadInput."""
     model: str = "ViT-B_16"  # ViT-SIZE_PATCH, sizes XS Ti S B L H
-    pretrained: str = "released"  # checkpoint to start from, or a file, an address, none
+    pretrained: str = "released"  # or none, or a checkpoint's file or address
     image_size: int = 384  # side of what the model sees, in pixels
     dtype: str = "float32"  # of activations, or bfloat16; parameters are float32
     batch_size: int = 512  # images in an update, on all devices together
@@ -88,7 +88,7 @@ class Options:
     log_every: int = 10  # steps between lines of progress
     eval_every: int = 100  # steps between evaluations
     checkpoint_every: int = 1000  # steps between checkpoints
-    eval_only: bool = False  # --pretrained, by default the logdir's
+    eval_only: bool = False  # test --pretrained, by default logdir's
     remat: bool = False  # less memory, more computing
     # Several hosts, one command on each
     coordinator_address: str = ""  # HOST:PORT of the first, or auto
