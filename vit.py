@@ -741,7 +741,7 @@ def join_hosts(options, patience=300):
     """Makes one JAX of all hosts. Where not all come within patience seconds, or `main` tells of an
     error on one of them, all processes end. (A usual exit would wait for the others.) BadInput."""
     address = options.coordinator_address
-    require(re.fullmatch(r"auto|.+:[1-9]\d{0,4}", address),
+    require(re.fullmatch(r"auto|.+:[1-6]?\d{1,4}", address),
             f"--coordinator_address={address!r} must be HOST:PORT of the first host, or auto")
     print(f"waiting for all hosts to come to {address}, {patience} s at most")
     hosts = () if address == "auto" else (address, options.num_processes, options.process_id)
