@@ -28,6 +28,7 @@ key gives the same numbers, and `split` and `fold_in` make new keys of it. *Trac
 import argparse
 import contextlib
 import dataclasses
+import difflib
 import functools
 import glob
 import hashlib
@@ -35,6 +36,7 @@ import http.client
 import importlib.util
 import io
 import json
+import logging
 import math
 import os
 import re
@@ -65,11 +67,10 @@ def require(condition, message):
         raise BadInput(message)
 
 
-def option(default, text, least=0, choices=()):
-    """A field of Options: its default, its line in --help, and which values it may have: numbers of
-    at least `least`, or one of the choices."""
-    metadata = {"text": text, "least": least, "choices": choices}
-    return dataclasses.field(default=default, metadata=metadata)
+def option(default, text, limit=0):
+    """A field of Options: its default, its line in --help, and its limit: the choices that there
+    are, or the least number."""
+    return dataclasses.field(default=default, metadata={"text": text, "limit": limit})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,36 +83,36 @@ class Options:
     model: str = option("ViT-B_16", "ViT-SIZE_PATCH, with sizes XS, Ti, S, B, L and H")
     pretrained: str = option("released", "released, none, or a checkpoint's file or address")
     image_size: int = option(384, "side of the images in pixels; 0: as in the checkpoint")
-    dtype: str = option("float32", "type of activations", choices=("float32", "bfloat16"))
-    batch_size: int = option(512, "images in an update, on all devices together", least=1)
-    accum_steps: int = option(8, "parts in which a device does its share of a batch", least=1)
-    total_steps: int = option(10_000, "number of updates", least=1)
+    dtype: str = option("float32", "type of activations", limit=("float32", "bfloat16"))
+    batch_size: int = option(512, "images in an update, on all devices together", limit=1)
+    accum_steps: int = option(8, "parts in which a device does its share of a batch", limit=1)
+    total_steps: int = option(10_000, "number of updates", limit=1)
     warmup_steps: int = option(500, "updates while the learning rate rises")
     base_lr: float = option(0.03, "learning rate after the warm-up")
-    decay_type: str = option("cosine", "how it falls from there", choices=("cosine", "linear"))
-    grad_norm_clip: float = option(1.0, "largest global norm of the gradients", least=1e-9)
+    decay_type: str = option("cosine", "how it falls from there", limit=("cosine", "linear"))
+    grad_norm_clip: float = option(1.0, "largest global norm of the gradients", limit=1e-9)
     dropout: float = option(0.0, "dropout rate")
     mixup_alpha: float = option(0.0, "blend images by Beta(alpha, alpha); 0: do not")
-    augment: str = option("inception", "random crops and flips", choices=("inception", "none"))
+    augment: str = option("inception", "random crops and flips", limit=("inception", "none"))
     seed: int = option(0, "random seed")
     logdir: str = option("runs", "folder of the run; on the command line runs/DATA")
     data_dir: str = option("~/tensorflow_datasets", "folder of datasets and downloads")
-    log_every: int = option(10, "updates between lines of progress", least=1)
-    eval_every: int = option(100, "updates between evaluations; each saves the run", least=1)
+    log_every: int = option(10, "updates between lines of progress", limit=1)
+    eval_every: int = option(100, "updates between evaluations; each saves the run", limit=1)
     eval_only: bool = option(False, "evaluate the run, or what --pretrained names")
     remat: bool = option(False, "less memory, more computing")
     coordinator_address: str = option("", "HOST:PORT of the first host, or auto")
-    num_processes: int = option(1, "number of hosts", least=1)
+    num_processes: int = option(1, "number of hosts", limit=1)
     process_id: int = option(0, "rank of this host, from 0")
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            value, limits = getattr(self, field.name), field.metadata
-            flag, least, choices = f"--{field.name}={value}", limits["least"], limits["choices"]
-            if choices:
-                require(value in choices, f"{flag} must be one of {', '.join(choices)}")
+            value, limit = getattr(self, field.name), field.metadata["limit"]
+            flag = f"--{field.name}={value}"
+            if isinstance(limit, tuple):
+                require(value in limit, f"{flag} must be one of {', '.join(limit)}")
             elif not isinstance(value, str):
-                require(least <= value < 2**31, f"{flag} must be a number of at least {least}")
+                require(limit <= value < 2**31, f"{flag} must be a number of at least {limit}")
         name = re.fullmatch(r"ViT-(XS|Ti|S|B|L|H)_[1-9]\d*", self.model)
         require(name, f"--model={self.model}: models are named like ViT-B_16, see --help")
         require(self.dropout < 1, f"--dropout={self.dropout} must be below 1")
@@ -416,14 +417,15 @@ def sgd_update(params, momentum, grads, rate, decay=0.9):
     return params, momentum
 
 
-@functools.partial(
-    jax.pmap,
-    axis_name="devices",
-    in_axes=(None, 0, 0, None),
-    out_axes=None,
-    static_broadcasted_argnums=3,
-    donate_argnums=0,
-)
+ON_ALL_DEVICES = {  # how `pmap` runs a function of (state, images, labels, options), see below
+    "axis_name": "devices",
+    "in_axes": (None, 0, 0, None),
+    "out_axes": None,
+    "static_broadcasted_argnums": 3,
+}
+
+
+@functools.partial(jax.pmap, **ON_ALL_DEVICES, donate_argnums=0)
 def train_step(state, images, labels, options):
     """One update, as each device runs it on its share of the batch: new state, loss, learning rate.
 
@@ -464,24 +466,13 @@ def train_step(state, images, labels, options):
     if jax.device_count() > 1:  # on one device it would only copy them (5 % of a step)
         loss, grads = jax.lax.pmean((loss, grads), "devices")
     grads = clip_by_global_norm(grads, options.grad_norm_clip)
-    rate = learning_rate(
-        state["step"],
-        options.base_lr,
-        options.total_steps,
-        options.warmup_steps,
-        options.decay_type,
-    )
+    schedule = options.base_lr, options.total_steps, options.warmup_steps, options.decay_type
+    rate = learning_rate(state["step"], *schedule)
     params, momentum = sgd_update(params, state["momentum"], grads, rate)
     return {"params": params, "momentum": momentum, "step": state["step"] + 1}, loss, rate
 
 
-@functools.partial(
-    jax.pmap,
-    axis_name="devices",
-    in_axes=(None, 0, 0, None),
-    out_axes=None,
-    static_broadcasted_argnums=3,
-)
+@functools.partial(jax.pmap, **ON_ALL_DEVICES)
 def eval_step(params, images, labels, dtype):
     """How many images get their label, on all devices together: int32 [].
 
@@ -861,12 +852,12 @@ def read_safetensors(path):
 def from_timm(arrays, model):
     """{name in timm: array} -> {released name: array}, each in the shape of the release.
 
-    PyTorch's linear weights are [outputs, inputs], our kernels [inputs, outputs]. Query, key and
-    value are one matrix in timm, and nothing tells the number of heads: it is that of model if its
-    width is the file's, otherwise heads have 64 numbers (80 at width 1280), as timm's own have.
-    A name that is not in TIMM stays as it is. The released weights and timm's copies of them belong
-    to the tanh form of GELU, as in `mlp`; others of timm's, such as DeiT and DINO, to the exact
-    form, so that here their logits come out slightly different: see the README.
+    Query, key and value are one matrix in timm, and nothing tells the number of heads: it is that
+    of model if its width is the file's; otherwise heads have 64 numbers (80 at width 1280), as in
+    all of timm's own. A name that is not in TIMM stays as it is, for `to_params` to refuse.
+
+    The released weights, and timm's copies of them, were trained with the tanh form of GELU, as in
+    `mlp`; DeiT, DINO and others of timm's with the exact one, which shifts their logits a little.
     """
     d = arrays["cls_token"].shape[-1]
     sizes = model_sizes(model)
@@ -879,7 +870,7 @@ def from_timm(arrays, model):
         if array.ndim == 4:
             array = array.transpose(2, 3, 1, 0)  # [D, 3, P, P] -> [P, P, 3, D]
         elif array.ndim == 2:
-            array = array.T
+            array = array.T  # [outputs, inputs] -> [inputs, outputs]
         if layer == "attn.proj.weight":
             array = array.reshape(heads, -1, d)
         if layer.startswith("attn.qkv."):  # [3D] or [D, 3D] -> [..., 3, A, D/A]
@@ -895,12 +886,11 @@ def read_arrays(path, model="ViT-B_16"):
     """{released name: array} of an .npz, or of a .safetensors as timm writes it.
 
     The first bytes tell which it is. Nothing is unpickled, and the arrays of an .npz are checked
-    against their CRC-32. model: see `from_timm`. Raises BadInput.
+    against their CRC-32. model: see `from_timm`. Raises BadInput, or OSError if there is no file.
     """
-    start = b""
+    with open(path, "rb") as file:
+        start = file.read(20)
     try:
-        with open(path, "rb") as file:
-            start = file.read(20)
         if not start.startswith(b"PK"):
             return from_timm(read_safetensors(path), model)
         with np.load(path) as file:
@@ -985,16 +975,13 @@ def load_pretrained(options, released):
     arrays = read_arrays(os.path.expanduser(path), model)
     params = to_params(arrays, path)
     count = params["head"]["bias"].size if "head" in params else 0
-    names = arrays.get("class_names", imagenet_names() if count == 1000 else range(count))
+    names = arrays.get("class_names", range(count))
+    if count == 1000 and "class_names" not in arrays:
+        from tensorflow_datasets.datasets.siscore import labels
+
+        names = labels.IMAGENET_LABELS_LIST
     require(len(names) == count, f"{path} has {len(names)} class_names for {count} classes")
     return params, names
-
-
-def imagenet_names():
-    """The names of ImageNet's 1,000 classes, in the order of the released checkpoints."""
-    from tensorflow_datasets.datasets.siscore.labels import IMAGENET_LABELS_LIST
-
-    return IMAGENET_LABELS_LIST
 
 
 def save_checkpoint(path, params, **more):
@@ -1151,19 +1138,10 @@ def same_on_all_hosts(values):
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # Pillow starts no program for them
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-CIFAR = {  # the authors' archives: address, SHA-256, file of class names, labels in a record
-    "cifar10": (
-        "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
-        "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
-        "batches.meta.txt",
-        1,
-    ),
-    "cifar100": (
-        "https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
-        "58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec",
-        "fine_label_names.txt",
-        2,
-    ),
+KRIZ = "https://www.cs.toronto.edu/~kriz/"
+CIFAR = {  # SHA-256 of the authors' archives
+    "cifar10": "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
+    "cifar100": "58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec",
 }
 digit_font = functools.cache(ImageFont.load_default)
 
@@ -1194,7 +1172,8 @@ def cifar(name, options):
     A record is a label (in CIFAR-100 a coarse and a fine one), then 32 x 32 bytes of red, of green
     and of blue. Raises BadInput.
     """
-    url, sha256, names, labels = CIFAR[name]
+    url, sha256 = f"{KRIZ}{name.replace('cifar', 'cifar-')}-binary.tar.gz", CIFAR[name]
+    names, labels = ("batches.meta.txt", 1) if name == "cifar10" else ("fine_label_names.txt", 2)
 
     def check(path):
         with open(path, "rb") as file:
@@ -1252,11 +1231,15 @@ def tfds_dataset(name, options):
     """
     import tensorflow_datasets as tfds  # only here: to import it takes longer than JAX
 
+    logging.getLogger("absl").setLevel(logging.ERROR)  # which warns of folders that it made itself
     where = {"data_dir": os.path.expanduser(options.data_dir), "file_format": "array_record"}
     try:
         builder = tfds.builder(name, **where)
     except (ValueError, AssertionError) as error:
-        raise BadInput(f"{name} is no file, no folder, no dataset: {str(error)[-300:]}") from error
+        names = {*tfds.list_builders(with_community_datasets=False)}
+        near = ", ".join(difflib.get_close_matches(name.lower(), names)) or "none"
+        why = f"{str(error).splitlines()[0][:200]} Similar names: {near}."
+        raise BadInput(f"{name} is no file, no folder, no dataset: {why}") from error
     command = f"import tensorflow_datasets as t; t.builder('{name}', **{where})"
     ready = builder.is_prepared() or importlib.util.find_spec("tensorflow")
     require(
