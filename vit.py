@@ -14,21 +14,21 @@ was published with it, google-research/vision_transformer ("the release"). Run i
     python vit.py photo.jpg --pretrained=runs/cifar10/checkpoint.npz
 
 Parts 1 to 5 are the lesson: options, model, learning, examples, training. Parts 6 to 11 are what a
-real program needs beside it: files, checkpoints, runs, datasets, photos and the command line.
+real program also needs: files, checkpoints, runs and hosts, datasets, photos, the command line.
 
 Shapes are written with these letters: B images of H x W pixels, patches of P x P pixels, N tokens
-(one for each patch, and the class token), width D, L blocks, A attention heads, K classes.
+(one for each patch, and the class token) of D numbers, L blocks, A attention heads of E = D/A
+numbers, M for the width of the MLP, K classes.
 
-Three words of JAX: a *pytree* is a nested dict of arrays, as our parameters are, and
-`jax.tree.map(f, a, b)` applies f leaf by leaf. A *random key* is random state as a value: the same
-key gives the same numbers, and `split` and `fold_in` make new keys of it. *Tracing*: `jit`, `grad`,
-`pmap` and `scan` call a function once with placeholders for arrays to see what it computes.
+A little JAX: a *pytree* is a nested dict of arrays, like our parameters; `jax.tree.map(f, a, b)`
+applies f leaf by leaf. A *random key* is random state as a value: the same key always gives the
+same numbers, and `split` and `fold_in` derive new keys from it. `jit`, `pmap` and `scan` *trace* a
+function: they run it once on placeholders to record what it computes, and compile that.
 """
 
 import argparse
 import contextlib
 import dataclasses
-import difflib
 import functools
 import glob
 import hashlib
@@ -39,6 +39,7 @@ import json
 import logging
 import math
 import os
+import platform
 import re
 import sys
 import tarfile
@@ -58,7 +59,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 
 class BadInput(ValueError):
-    """A mistake that the user can mend: the command line prints it as one line and exits with 2."""
+    """A mistake that the user can fix. The command line prints it as one line and exits with 2."""
 
 
 def require(condition, message):
@@ -67,52 +68,59 @@ def require(condition, message):
         raise BadInput(message)
 
 
-def option(default, text, limit=0):
-    """A field of Options: its default, its line in --help, and its limit: the choices that there
-    are, or the least number."""
-    return dataclasses.field(default=default, metadata={"text": text, "limit": limit})
+def option(default, text, least=0, choices=()):
+    """A field of Options: its default, its line in --help, and what is allowed: numbers from least
+    on, or one of the choices."""
+    metadata = {"text": text, "least": least, "choices": choices}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """All flags of the command line; names and defaults are those of the released recipe.
+    """All flags of the command line. Names and defaults are those of the released recipe.
 
-    Raises BadInput for a value that is out of its limits.
+    Raises BadInput if a value is not allowed.
     """
 
-    model: str = option("ViT-B_16", "ViT-SIZE_PATCH, with sizes XS, Ti, S, B, L and H")
+    model: str = option("ViT-B_16", "ViT-SIZE_PATCH, of size XS, Ti, S, B, L or H")
     pretrained: str = option("released", "released, none, or a checkpoint's file or address")
-    image_size: int = option(384, "side of the images in pixels; 0: as in the checkpoint")
-    dtype: str = option("float32", "type of activations", limit=("float32", "bfloat16"))
-    batch_size: int = option(512, "images in an update, on all devices together", limit=1)
-    accum_steps: int = option(8, "parts in which a device does its share of a batch", limit=1)
-    total_steps: int = option(10_000, "number of updates", limit=1)
-    warmup_steps: int = option(500, "updates while the learning rate rises")
+    image_size: int = option(384, "side of the images in pixels; 0: the checkpoint's")
+    dtype: str = option(
+        "float32", "of activations: float32 or bfloat16", choices=("float32", "bfloat16")
+    )
+    batch_size: int = option(512, "images in an update, over all devices", least=1)
+    accum_steps: int = option(8, "parts of a batch, processed one after another", least=1)
+    total_steps: int = option(10_000, "number of updates", least=1)
+    warmup_steps: int = option(500, "updates during which the learning rate rises")
     base_lr: float = option(0.03, "learning rate after the warm-up")
-    decay_type: str = option("cosine", "how it falls from there", limit=("cosine", "linear"))
-    grad_norm_clip: float = option(1.0, "largest global norm of the gradients", limit=1e-9)
+    decay_type: str = option(
+        "cosine", "how it falls: cosine or linear", choices=("cosine", "linear")
+    )
+    grad_norm_clip: float = option(1.0, "maximum global norm of the gradients", least=1e-9)
     dropout: float = option(0.0, "dropout rate")
-    mixup_alpha: float = option(0.0, "blend images by Beta(alpha, alpha); 0: do not")
-    augment: str = option("inception", "random crops and flips", limit=("inception", "none"))
+    mixup_alpha: float = option(0.0, "blend images as Beta(alpha, alpha); 0: off")
+    augment: str = option(
+        "inception", "inception (random crops and flips) or none", choices=("inception", "none")
+    )
     seed: int = option(0, "random seed")
-    logdir: str = option("runs", "folder of the run; on the command line runs/DATA")
+    logdir: str = option("runs", "folder of the run; by default runs/DATA")
     data_dir: str = option("~/tensorflow_datasets", "folder of datasets and downloads")
-    log_every: int = option(10, "updates between lines of progress", limit=1)
-    eval_every: int = option(100, "updates between evaluations; each saves the run", limit=1)
-    eval_only: bool = option(False, "evaluate the run, or what --pretrained names")
-    remat: bool = option(False, "less memory, more computing")
+    log_every: int = option(10, "updates between lines of progress", least=1)
+    eval_every: int = option(100, "updates between evaluations, and checkpoints", least=1)
+    eval_only: bool = option(False, "only evaluate the run, or --pretrained")
+    remat: bool = option(False, "trade computation for memory")
     coordinator_address: str = option("", "HOST:PORT of the first host, or auto")
-    num_processes: int = option(1, "number of hosts", limit=1)
+    num_processes: int = option(1, "number of hosts", least=1)
     process_id: int = option(0, "rank of this host, from 0")
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            value, limit = getattr(self, field.name), field.metadata["limit"]
-            flag = f"--{field.name}={value}"
-            if isinstance(limit, tuple):
-                require(value in limit, f"{flag} must be one of {', '.join(limit)}")
+            value, allowed = getattr(self, field.name), field.metadata
+            flag, least, choices = f"--{field.name}={value}", allowed["least"], allowed["choices"]
+            if choices:
+                require(value in choices, f"{flag} must be one of {', '.join(choices)}")
             elif not isinstance(value, str):
-                require(limit <= value < 2**31, f"{flag} must be a number of at least {limit}")
+                require(least <= value < 2**31, f"{flag} must be a number of at least {least}")
         name = re.fullmatch(r"ViT-(XS|Ti|S|B|L|H)_[1-9]\d*", self.model)
         require(name, f"--model={self.model}: models are named like ViT-B_16, see --help")
         require(self.dropout < 1, f"--dropout={self.dropout} must be below 1")
@@ -130,40 +138,46 @@ SIZES = {  # D, L, A and the width of the MLP: the paper, table 1; Ti and S: arX
     "L": (1024, 24, 16, 4096),
     "H": (1280, 32, 16, 5120),
 }
-PARAMETERS = {  # names of the released checkpoints, and shapes; E = D/A, M: the width of the MLP
-    "embedding/kernel": "PP3D",
-    "embedding/bias": "D",
-    "cls": "11D",
-    "Transformer/posembed_input/pos_embedding": "1ND",
-    "Transformer/encoderblock/LayerNorm_0/scale": "LD",
-    "Transformer/encoderblock/LayerNorm_0/bias": "LD",
-    "Transformer/encoderblock/MultiHeadDotProductAttention_1/query/kernel": "LDAE",
-    "Transformer/encoderblock/MultiHeadDotProductAttention_1/query/bias": "LAE",
-    "Transformer/encoderblock/MultiHeadDotProductAttention_1/key/kernel": "LDAE",
-    "Transformer/encoderblock/MultiHeadDotProductAttention_1/key/bias": "LAE",
-    "Transformer/encoderblock/MultiHeadDotProductAttention_1/value/kernel": "LDAE",
-    "Transformer/encoderblock/MultiHeadDotProductAttention_1/value/bias": "LAE",
-    "Transformer/encoderblock/MultiHeadDotProductAttention_1/out/kernel": "LAED",
-    "Transformer/encoderblock/MultiHeadDotProductAttention_1/out/bias": "LD",
-    "Transformer/encoderblock/LayerNorm_2/scale": "LD",
-    "Transformer/encoderblock/LayerNorm_2/bias": "LD",
-    "Transformer/encoderblock/MlpBlock_3/Dense_0/kernel": "LDM",
-    "Transformer/encoderblock/MlpBlock_3/Dense_0/bias": "LM",
-    "Transformer/encoderblock/MlpBlock_3/Dense_1/kernel": "LMD",
-    "Transformer/encoderblock/MlpBlock_3/Dense_1/bias": "LD",
-    "Transformer/encoder_norm/scale": "D",
-    "Transformer/encoder_norm/bias": "D",
-    "pre_logits/kernel": "DD",  # only in the paper's ImageNet-21k checkpoints
-    "pre_logits/bias": "D",
-    "head/kernel": "DK",
-    "head/bias": "K",
+init = jax.nn.initializers
+to_heads = init.xavier_uniform(in_axis=1, out_axis=(2, 3), batch_axis=0)
+from_heads = init.xavier_uniform(in_axis=(1, 2), out_axis=3, batch_axis=0)
+in_mlp = init.xavier_uniform(in_axis=1, out_axis=2, batch_axis=0)
+# All parameters: the name in the released checkpoints, the shape, the initial distribution. In a
+# checkpoint each block has its own arrays (encoderblock_0, ...); here they are stacked, [L, ...].
+PARAMETERS = {
+    "embedding/kernel": ("PP3D", init.lecun_normal((0, 1, 2))),
+    "embedding/bias": ("D", init.zeros),
+    "cls": ("11D", init.zeros),
+    "Transformer/posembed_input/pos_embedding": ("1ND", init.normal(0.02)),
+    "Transformer/encoderblock/LayerNorm_0/scale": ("LD", init.ones),
+    "Transformer/encoderblock/LayerNorm_0/bias": ("LD", init.zeros),
+    "Transformer/encoderblock/MultiHeadDotProductAttention_1/query/kernel": ("LDAE", to_heads),
+    "Transformer/encoderblock/MultiHeadDotProductAttention_1/query/bias": ("LAE", init.zeros),
+    "Transformer/encoderblock/MultiHeadDotProductAttention_1/key/kernel": ("LDAE", to_heads),
+    "Transformer/encoderblock/MultiHeadDotProductAttention_1/key/bias": ("LAE", init.zeros),
+    "Transformer/encoderblock/MultiHeadDotProductAttention_1/value/kernel": ("LDAE", to_heads),
+    "Transformer/encoderblock/MultiHeadDotProductAttention_1/value/bias": ("LAE", init.zeros),
+    "Transformer/encoderblock/MultiHeadDotProductAttention_1/out/kernel": ("LAED", from_heads),
+    "Transformer/encoderblock/MultiHeadDotProductAttention_1/out/bias": ("LD", init.zeros),
+    "Transformer/encoderblock/LayerNorm_2/scale": ("LD", init.ones),
+    "Transformer/encoderblock/LayerNorm_2/bias": ("LD", init.zeros),
+    "Transformer/encoderblock/MlpBlock_3/Dense_0/kernel": ("LDM", in_mlp),
+    "Transformer/encoderblock/MlpBlock_3/Dense_0/bias": ("LM", init.normal(1e-6)),
+    "Transformer/encoderblock/MlpBlock_3/Dense_1/kernel": ("LMD", in_mlp),
+    "Transformer/encoderblock/MlpBlock_3/Dense_1/bias": ("LD", init.normal(1e-6)),
+    "Transformer/encoder_norm/scale": ("D", init.ones),
+    "Transformer/encoder_norm/bias": ("D", init.zeros),
+    "pre_logits/kernel": ("DD", None),  # only in ImageNet-21k checkpoints of the paper
+    "pre_logits/bias": ("D", None),
+    "head/kernel": ("DK", init.zeros),
+    "head/bias": ("K", init.zeros),
 }
 
 
 def linear(x, kernel, bias):
     """x @ kernel + bias: [..., I] -> [..., O], in the dtype of x.
 
-    Kernels and biases may be split into heads, [D, A, D/A] or [A, D/A, D]; they act as [I, O].
+    Kernels and biases may be split into heads, [D, A, E] or [A, E, D]; they are used as [I, O].
     """
     inputs = x.shape[-1]
     return x @ kernel.reshape(inputs, -1).astype(x.dtype) + bias.reshape(-1).astype(x.dtype)
@@ -180,7 +194,7 @@ def layer_norm(x, scale, bias):
 def dropout(x, dropout_key, rate):
     """Zeroes entries of x with probability rate and scales the others by 1 / (1 - rate).
 
-    Without a key it is switched off and returns x.
+    Without a key, dropout is off.
     """
     if dropout_key is None or rate == 0:
         return x
@@ -190,8 +204,8 @@ def dropout(x, dropout_key, rate):
 def patch_embedding(images, kernel, bias):
     """Cuts images into patches and projects each (paper, eq. 1): [B, H, W, 3] -> [B, N-1, D].
 
-    The kernel has the shape [P, P, 3, D], the bias [D]: the result is that of a convolution with
-    kernel size and stride P. Raises TypeError or ValueError where H or W is no multiple of P.
+    kernel: [P, P, 3, D], bias: [D]. The result is that of a convolution with kernel size and stride
+    P. Raises TypeError or ValueError if H or W is not a multiple of P.
     """
     b, h, w, c = images.shape
     patch = kernel.shape[0]
@@ -202,38 +216,37 @@ def patch_embedding(images, kernel, bias):
 
 
 def fused_attention(q, k, v, implementation="cudnn"):
-    """What `attention` computes of q, k and v, [B, N, A, D/A] each, in one GPU kernel.
+    """What `attention` computes from q, k and v, [B, N, A, E] each, in a single GPU kernel.
 
-    The weights never go to memory, which bounds the speed of the written-out form on a GPU. The
-    kernel wants a multiple of 8 tokens: some are added, not looked at, and cut off again.
+    The N x N weights never leave the chip; on a GPU, moving them is what limits the plain form. The
+    kernel needs a multiple of 8 tokens, so some are added, masked, and removed again.
     """
     b, n, _, _ = q.shape
     q, k, v = (jnp.pad(x, ((0, 0), (0, -n % 8), (0, 0), (0, 0))) for x in (q, k, v))
-    lengths = jnp.full(b, n, jnp.int32)
-    y = jax.nn.dot_product_attention(
-        q, k, v, key_value_seq_lengths=lengths, implementation=implementation
-    )
-    return y[:, :n]
+    mask = {"key_value_seq_lengths": jnp.full(b, n, jnp.int32)}
+    return jax.nn.dot_product_attention(q, k, v, implementation=implementation, **mask)[:, :n]
 
 
 def attention(x, query, key, value, out, return_weights=False):
     """Multi-head self-attention (paper, appendix A): [B, N, D] -> [B, N, D], and its weights.
 
-    query, key, value: dicts of kernel [D, A, D/A] and bias [A, D/A]; out: of kernel [A, D/A, D] and
-    bias [D]. The weights, float32 [B, A, N, N], say how much each token (row) takes from each
-    (column); None is returned instead unless they are asked for.
+    query, key, value: dicts of kernel [D, A, E] and bias [A, E]; out: of kernel [A, E, D] and bias
+    [D]. The weights, float32 [B, A, N, N], say how much each token (row) takes from each (column);
+    unless they are asked for, None is returned instead.
     """
     b, n, _ = x.shape
     heads, size = query["bias"].shape
-    q = linear(x, **query).reshape(b, n, heads, size)  # [B, N, D] -> [B, N, A, D/A]
+    q = linear(x, **query).reshape(b, n, heads, size)  # [B, N, D] -> [B, N, A, E]
     k = linear(x, **key).reshape(b, n, heads, size)
     v = linear(x, **value).reshape(b, n, heads, size)
-    if jax.default_backend() == "gpu" and x.dtype == jnp.bfloat16 and not return_weights:
+    on_nvidia = "NVIDIA" in jax.devices()[0].device_kind
+    if on_nvidia and x.dtype == jnp.bfloat16 and not return_weights:
         y, weights = fused_attention(q, k, v), None
     else:
-        scores = jnp.einsum("bqah,bkah->baqk", q / size**0.5, k)  # [B, A, N, N]
-        weights = jax.nn.softmax(scores.astype(jnp.float32), axis=-1)
-        y = jnp.einsum("baqk,bkah->bqah", weights.astype(x.dtype), v)  # [B, N, A, D/A]
+        in_float32 = {"preferred_element_type": jnp.float32}
+        scores = jnp.einsum("bqae,bkae->baqk", q / size**0.5, k, **in_float32)  # [B, A, N, N]
+        weights = jax.nn.softmax(scores, axis=-1)
+        y = jnp.einsum("baqk,bkae->bqae", weights.astype(x.dtype), v)  # [B, N, A, E]
     y = linear(y.reshape(b, n, heads * size), **out)  # the heads side by side again
     return y, (weights if return_weights else None)
 
@@ -250,8 +263,7 @@ def mlp(x, Dense_0, Dense_1, dropout_key=None, dropout_rate=0.0):
 def encoder_block(x, block, dropout_key=None, dropout_rate=0.0, return_weights=False):
     """One pre-norm Transformer block (paper, eq. 2 and 3): [B, N, D] -> [B, N, D].
 
-    block: the parameters of one block, under the names of the released checkpoints. Returns the
-    attention weights, too; see `attention`.
+    block: the parameters of one block, see PARAMETERS. Also returns the weights of `attention`.
     """
     keys = [None] * 3 if dropout_key is None else jax.random.split(dropout_key, 3)
     y = layer_norm(x, **block["LayerNorm_0"])
@@ -269,17 +281,17 @@ def forward(
 ):
     """The Vision Transformer: pixels [B, H, W, 3] in [-1, 1] -> logits [B, K], float32.
 
-    All sizes follow from the shapes of params, see `init_params`. ViT-B/16 at 384 pixels cuts an
-    image into 24 x 24 = 576 patches and so has N = 577 tokens of D = 768 numbers, in L = 12 blocks
-    with A = 12 heads of 64. Activations have the dtype of images, float32 or bfloat16. With a
-    dropout_key dropout is on. With return_attention the weights of all blocks, [L, B, A, N, N], are
-    returned, too. Raises TypeError where the patches do not fit the position embeddings.
+    All sizes follow from the shapes of params, see PARAMETERS. ViT-B/16 at 384 pixels cuts an image
+    into 24 x 24 = 576 patches, and so has N = 577 tokens of D = 768 numbers, L = 12 blocks, and
+    A = 12 heads of E = 64. Activations have the dtype of images, float32 or bfloat16. A dropout_key
+    turns dropout on. With return_attention, the weights of all blocks, [L, B, A, N, N], are also
+    returned. Raises TypeError if the number of patches does not fit the position embeddings.
 
-    For the gradient, JAX keeps what the forward pass computed. Here it keeps the results of
-    products with kernels only. Everything between them is computed again in the backward pass:
-    norms, softmax and GELU, which is cheaper than to write them to memory and read them back, and
-    the two products of attention, q k^T and weights v, whose results are too large to keep.
-    With remat it keeps only what goes from block to block, and computes whole blocks again.
+    For the gradient, JAX keeps what the forward pass computed. Here it keeps only the input of each
+    block and the outputs of linear layers. The rest is computed again in the backward pass: norms,
+    softmax and GELU, because that is cheaper than writing them to memory and reading them back, and
+    the two products of attention, because their results are large. With remat it keeps only the
+    input of each block, and computes the whole block again.
     """
     encoder = params["Transformer"]
     blocks = encoder["encoderblock"]  # the arrays of all L blocks are stacked: [L, ...]
@@ -287,22 +299,22 @@ def forward(
     cls = jnp.repeat(params["cls"].astype(x.dtype), len(images), axis=0)  # [B, 1, D]
     x = jnp.concatenate([cls, x], axis=1)  # [B, N, D]
     x = x + encoder["posembed_input"]["pos_embedding"].astype(x.dtype)
-    if dropout_key is None:
-        dropout_key, dropout_rate = jax.random.key(0), 0.0  # a key of which nothing comes
-    keys = jax.random.split(dropout_key, 1 + len(blocks["LayerNorm_0"]["scale"]))  # and L blocks
-    x = dropout(x, keys[0], dropout_rate)
+    first_key, block_keys = None, None  # None is a pytree without leaves: scan hands it on as it is
+    if dropout_key is not None:
+        keys = jax.random.split(dropout_key, 1 + len(blocks["LayerNorm_0"]["scale"]))
+        first_key, block_keys = keys[0], keys[1:]  # [L]
+    x = dropout(x, first_key, dropout_rate)
 
     def apply_block(x, block_and_key):
         block, block_key = block_and_key
         return encoder_block(x, block, block_key, dropout_rate, return_attention)
 
-    keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable  # the products with kernels
-    if remat:
-        keep = jax.checkpoint_policies.nothing_saveable
-    apply_block = jax.checkpoint(apply_block, policy=keep, prevent_cse=False)
+    policies = jax.checkpoint_policies  # of what to keep: nothing, or the products with kernels
+    keep = policies.nothing_saveable if remat else policies.dots_with_no_batch_dims_saveable
+    apply_block = jax.checkpoint(apply_block, policy=keep, prevent_cse=False)  # as advised in scan
     # scan applies it to slice after slice of the stacked blocks, carrying x along. A Python loop
     # would do the same, but XLA would have to compile every block by itself.
-    x, weights = jax.lax.scan(apply_block, x, (blocks, keys[1:]))
+    x, weights = jax.lax.scan(apply_block, x, (blocks, block_keys))
     x = layer_norm(x, **encoder["encoder_norm"])[:, 0]  # the class token: [B, D]
     if "pre_logits" in params:  # in the checkpoints of the paper that know ImageNet-21k's classes
         x = jnp.tanh(linear(x, **params["pre_logits"]))
@@ -322,40 +334,27 @@ def nest(arrays):
     tree = {}
     for name, array in arrays.items():
         *folders, leaf = name.split("/")
-        place = tree
+        inside = tree
         for folder in folders:
-            place = place.setdefault(folder, {})
-        place[leaf] = array
+            inside = inside.setdefault(folder, {})
+        inside[leaf] = array
     return tree
 
 
 def init_params(key, model, image_size, num_classes):
     """Random parameters to train from scratch: PARAMETERS as a nested dict of float32 arrays.
 
-    key: a random key; model: a name like "ViT-B_16"; image_size in pixels, of which the last that
-    do not fill a patch do not count. The distributions are those of the release.
+    key: a random key; model: a name like "ViT-B_16"; image_size in pixels, rounded down to whole
+    patches. The distributions are those of the release.
     """
     sizes = model_sizes(model) | {"K": num_classes, "1": 1, "3": 3}
     sizes["N"] = 1 + (image_size // sizes["P"]) ** 2
-    params = {}
-    for i, (name, letters) in enumerate(PARAMETERS.items()):
-        own_key, shape = jax.random.fold_in(key, i), [sizes[letter] for letter in letters]
-        if name.startswith("pre_logits"):
-            continue
-        elif name.endswith("scale"):
-            params[name] = jnp.ones(shape)
-        elif name == "embedding/kernel":
-            params[name] = jax.nn.initializers.lecun_normal((0, 1, 2))(own_key, shape)
-        elif name.endswith("pos_embedding"):
-            params[name] = 0.02 * jax.random.normal(own_key, shape)
-        elif "Mlp" in name and name.endswith("bias"):
-            params[name] = 1e-6 * jax.random.normal(own_key, shape)
-        elif "encoderblock" in name and name.endswith("kernel"):  # Xavier-uniform
-            limit = (6 / (sizes["D"] + sizes["M" if "M" in letters else "D"])) ** 0.5
-            params[name] = jax.random.uniform(own_key, shape, minval=-limit, maxval=limit)
-        else:
-            params[name] = jnp.zeros(shape)
-    return nest(params)
+    arrays = {}
+    for i, (name, (letters, initializer)) in enumerate(PARAMETERS.items()):
+        if initializer:
+            shape = [sizes[letter] for letter in letters]
+            arrays[name] = initializer(jax.random.fold_in(key, i), shape)
+    return nest(arrays)
 
 
 # ------------------------------------------------------------------------------------- 3. Learning
@@ -374,8 +373,8 @@ def cross_entropy(logits, targets):
 def mixup(images, targets, share):
     """Blends a batch with itself reversed as share : 1 - share (arXiv 1710.09412).
 
-    images [B, ...] and targets [B, K] are blended alike. In the middle of an odd batch, an image
-    meets itself; so the batch, here what a device works on at a time, should have several.
+    images [B, ...] and targets [B, K] are blended alike. Here B is what a device processes at a
+    time; it must be more than 1, or an image would only be blended with itself.
     """
     return tuple(share * x + (1 - share) * x[::-1] for x in (images, targets))
 
@@ -383,7 +382,7 @@ def mixup(images, targets, share):
 def learning_rate(step, base_lr, total_steps, warmup_steps, decay_type="cosine"):
     """The rate of update `step`, the first being 0, as the release has it: int [...] -> float32.
 
-    A linear warm-up from 0 to base_lr, then a cosine to 0, or a straight line to 1e-5.
+    It rises linearly from 0 to base_lr, then falls as a cosine to 0 or linearly to 1e-5.
     """
     progress = jnp.maximum(0, step - warmup_steps) / (total_steps - warmup_steps)
     if decay_type == "cosine":
@@ -395,7 +394,7 @@ def learning_rate(step, base_lr, total_steps, warmup_steps, decay_type="cosine")
 
 def clip_by_global_norm(grads, max_norm):
     """Scales all gradients alike so that their common L2 norm is at most max_norm."""
-    norm = jnp.sqrt(sum(jnp.vdot(g, g) for g in jax.tree.leaves(grads)))
+    norm = jnp.sqrt(sum(jnp.sum(g * g) for g in jax.tree.leaves(grads)))
     return jax.tree.map(lambda g: g * jnp.minimum(1, max_norm / norm), grads)
 
 
@@ -407,8 +406,8 @@ def sgd_init(params):
 def sgd_update(params, momentum, grads, rate, decay=0.9):
     """SGD with momentum, not Nesterov, without weight decay: returns new params and momentum.
 
-    Momentum is rounded to its dtype twice, as in the release: after the decay, and when the sum is
-    stored. The sum itself, and the parameters that it changes, are float32.
+    As in the release, momentum is rounded to its dtype twice: after the decay and when the sum is
+    stored. (In a compiled function XLA may skip the first.) The sum and the update are float32.
     """
     decayed = jax.tree.map(lambda m: decay * m, momentum)
     total = jax.tree.map(jnp.add, decayed, grads)  # bfloat16 + float32 is float32
@@ -417,29 +416,26 @@ def sgd_update(params, momentum, grads, rate, decay=0.9):
     return params, momentum
 
 
-ON_ALL_DEVICES = {  # how `pmap` runs a function of (state, images, labels, options), see below
-    "axis_name": "devices",
-    "in_axes": (None, 0, 0, None),
-    "out_axes": None,
-    "static_broadcasted_argnums": 3,
-}
+on_all_devices = functools.partial(
+    jax.pmap, axis_name="devices", in_axes=(None, 0, 0, None), out_axes=None
+)
 
 
-@functools.partial(jax.pmap, **ON_ALL_DEVICES, donate_argnums=0)
+@functools.partial(on_all_devices, static_broadcasted_argnums=3, donate_argnums=0)
 def train_step(state, images, labels, options):
     """One update, as each device runs it on its share of the batch: new state, loss, learning rate.
 
-    state: a dict of params, momentum and step (int32 [], the updates done before). images: uint8
-    [accum_steps, B, H, W, 3], labels: int32 [accum_steps, B]; the caller puts an axis of devices
-    in front of both. options: see `Options`. Random keys are made of the seed and the step:
+    state: a dict of params, momentum and step (int32 [], the number of updates before this one).
+    images: uint8 [accum_steps, B, H, W, 3], labels: int32 [accum_steps, B]; the caller adds a first
+    axis of devices to both. options: an `Options`. Random keys derive from seed and step:
     `mixup_key, dropout_key = split(fold_in(key(seed), step))`.
 
-    `pmap` compiles a function once and runs it on all devices at the same time. Its in_axes say
-    what each is given: 0, its own slice of the first axis; None, all of it. A static argument is
-    known when the function is compiled. A donated one gives its memory to the results, so there is
-    never a second copy of the state. Numbers cross between devices at one point only: `pmean`
-    replaces loss and gradients by their mean. After it all devices compute the same new state, and
-    out_axes=None returns it once.
+    `pmap` compiles a function once and runs it on all devices at the same time. in_axes says what
+    each device is given: 0, its own slice along the first axis; None, everything. A static argument
+    is a constant of the compiled function. A donated one gives its memory to the results, so that
+    the old state and the new share it. Numbers cross between devices at one point only, `pmean`,
+    which replaces loss and gradients by their mean over all devices. From there on all devices
+    compute the same new state, and out_axes=None returns it once.
     """
     params = state["params"]
     step_key = jax.random.fold_in(jax.random.key(options.seed), state["step"])
@@ -472,11 +468,12 @@ def train_step(state, images, labels, options):
     return {"params": params, "momentum": momentum, "step": state["step"] + 1}, loss, rate
 
 
-@functools.partial(jax.pmap, **ON_ALL_DEVICES)
+@functools.partial(on_all_devices, static_broadcasted_argnums=3)
 def eval_step(params, images, labels, dtype):
-    """How many images get their label, on all devices together: int32 [].
+    """How many images are classified as labelled, over all devices: int32 [].
 
-    As `train_step`, it is given uint8 images [devices, B, H, W, 3] and labels [devices, B].
+    Like `train_step`, it is called with an axis of devices: images uint8 [devices, B, H, W, 3] and
+    labels [devices, B].
     """
     guesses = forward(params, to_pixels(images, dtype)).argmax(axis=-1)
     return jax.lax.psum((guesses == labels).sum(), "devices")
@@ -510,26 +507,26 @@ def inception_crop(rng, width, height):
 
 @functools.lru_cache(2)
 def epoch_order(seed, epoch, count):
-    """In which order an epoch goes through count examples: a permutation, int [count]."""
+    """The order in which an epoch visits count examples: a permutation, int [count]."""
     return np.random.default_rng([seed, ORDER, epoch]).permutation(count)
 
 
 def training_example(data, options, image_size, index):
-    """Example number index of a run: (uint8 [image_size, image_size, 3], label).
+    """Training example number index = step * batch size + place in the batch.
 
-    data: see `train`. index: updates before * batch size + place in the batch. The result depends
-    on the arguments alone, so a run that goes on, or goes on on other devices, sees the same
-    examples as one that was never stopped. Raises BadInput for a label that is no class.
+    data: see `train`. Returns (uint8 [image_size, image_size, 3], label), which depend on nothing
+    but the arguments: a resumed run, even on other devices, sees the examples that it would have
+    seen anyway. Raises BadInput for a label that is not a class.
     """
     epoch, place = divmod(index, len(data["train"]))
     item = data["train"][epoch_order(options.seed, epoch, len(data["train"]))[place]]
     image, label = data["read"](item)
-    require(0 <= label < len(data["classes"]), f"the label {label} of {item} is no class")
+    require(0 <= label < len(data["classes"]), f"the dataset has a label, {label}, without a class")
     if options.augment == "none":
         return to_array(image, image_size), label
     rng = np.random.default_rng([options.seed, CROPS, index])
     if rng.random() < 0.5:
-        image = ImageOps.mirror(image)  # before it is enlarged, when there is less to turn
+        image = ImageOps.mirror(image)
     return to_array(image, image_size, inception_crop(rng, *image.size)), label
 
 
@@ -537,22 +534,22 @@ def host_places(batch_size, accum_steps=1):
     """Which places of a batch this host reads: int [local devices, accum_steps, images].
 
     On one host with 2 devices, a batch of 8 in 2 parts: [[[0 1] [2 3]] [[4 5] [6 7]]].
-    Raises BadInput where the batch cannot be shared out.
+    Raises BadInput if the batch cannot be divided.
     """
     shape = jax.process_count(), jax.local_device_count(), accum_steps
     require(
         batch_size % math.prod(shape) == 0,
-        f"--batch_size={batch_size} is no multiple of {jax.device_count()} devices "
+        f"--batch_size={batch_size} is not a multiple of {jax.device_count()} devices "
         f"x --accum_steps={accum_steps}",
     )
     return np.arange(batch_size).reshape(*shape, -1)[jax.process_index()]
 
 
 def batches(example, indices, ahead=3):
-    """For each int array [...] of indices yields uint8 [..., size, size, 3] and int32 labels [...].
+    """For each int array [...] of indices, yields uint8 [..., size, size, 3] and int32 labels.
 
-    example(index) -> (image, label) runs in parallel threads, up to `ahead` batches in advance.
-    What it raises is raised here.
+    example(index) -> (image, label) runs in parallel threads, up to `ahead` batches in advance; its
+    exceptions surface here.
     """
     pool, waiting = ThreadPoolExecutor(os.cpu_count()), []
 
@@ -577,6 +574,10 @@ def batches(example, indices, ahead=3):
 
 
 COLUMNS = ("step", "loss", "learning_rate", "images_per_second", "test_accuracy")  # of metrics.csv
+NO_ACCELERATOR = (
+    "no GPU or TPU was found; for an NVIDIA GPU: pip install 'jax[cuda13]'; without one, try "
+    "--model=ViT-Ti_16 --image_size=224 --total_steps=500 --warmup_steps=50"
+)
 
 
 def say(line):
@@ -596,7 +597,7 @@ def duration(seconds):
 def evaluate(params, data, options):
     """The share of the test images whose likeliest class is their label, each counted once.
 
-    data: see `train`. Says how it goes on every ten seconds.
+    data: see `train`. Reports progress every ten seconds.
     """
     count, size, devices = len(data["test"]), image_size_of(params), jax.device_count()
 
@@ -609,15 +610,14 @@ def evaluate(params, data, options):
     batch_size = devices * max(1, options.batch_size // options.accum_steps // devices)
     places = host_places(batch_size)[:, 0]  # [local devices, images]
     starts = range(0, count, batch_size)
-    correct, begun, said = 0, time.perf_counter(), 0
+    correct, start_time, reported = 0, time.perf_counter(), 0
     with contextlib.closing(batches(example, (start + places for start in starts))) as feed:
         for start, (images, labels) in zip(starts, feed, strict=True):
             correct += int(eval_step(params, images, labels, options.dtype))
-            seconds, done = time.perf_counter() - begun, start + batch_size
-            if seconds - said > 10 and done < count:
-                said = seconds
-                left = duration(seconds / done * (count - done))
-                say(f"evaluating: {done} of {count} images, {left} left")
+            done, seconds = min(count, start + batch_size), time.perf_counter() - start_time
+            if seconds - reported > 10:
+                reported, left = seconds, seconds / done * (count - done)
+                say(f"evaluated {done} of {count} images, {duration(left)} left")
     say(f"test accuracy {correct / count:.2%} of {count} images")
     return correct / count
 
@@ -626,24 +626,24 @@ def train(options, data):
     """Trains on data and returns params as NumPy arrays.
 
     data: a dict of "classes" (K names), "train" and "test" (sequences of items), and "read", a
-    function that makes of an item (Pillow image in RGB, label from 0 to K - 1). Writes
+    function that turns an item into (Pillow image in RGB, label from 0 to K - 1). Writes
     first_batch.png, metrics.csv and, after each evaluation, checkpoint.npz to options.logdir.
 
-    There is one way to stop, any: Ctrl-C, kill, a power cut. There is one way to start: from
-    checkpoint.npz where there is one. So the same call goes on from the last evaluation, and ends
-    with the same bits as a run that was never stopped. Raises BadInput.
+    Stop it however you like: Ctrl-C, kill, a power cut. There is one way to start: from
+    checkpoint.npz if there is one. So the same call resumes after the last evaluation and, on the
+    same devices, ends with the same bits as a run that was never stopped. Raises BadInput.
     """
     places = host_places(options.batch_size, options.accum_steps)  # [devices, accum_steps, images]
     enough = places.shape[-1] > 1 or not options.mixup_alpha
-    require(enough, f"--mixup_alpha needs parts of several images: --accum_steps={places.shape[1]}")
+    require(enough, f"--mixup_alpha has nothing to blend: --accum_steps={options.accum_steps}")
     state, run = start_or_resume(options, data)
     first, size = int(state["step"]), image_size_of(state["params"])
     example = functools.partial(training_example, data, options, size)
     indices = (step * options.batch_size + places for step in range(first, options.total_steps))
     os.makedirs(options.logdir, exist_ok=True)
     if jax.process_index() == 0:
-        row_of_images = np.hstack([image for image, _ in map(example, range(8))])
-        Image.fromarray(row_of_images).save(f"{options.logdir}/first_batch.png")
+        images = np.hstack([image for image, _ in map(example, range(8))])
+        Image.fromarray(images).save(f"{options.logdir}/first_batch.png")
 
     def is_due(step, every):
         return step % every == 0 or step == options.total_steps
@@ -656,30 +656,30 @@ def train(options, data):
     with open(path, "w") as metrics, contextlib.closing(batches(example, indices)) as feed:
         for row in (COLUMNS, *run["rows"]):
             print(*row, sep=",", file=metrics)
-        loss, begun, timed_from = 0.0, time.perf_counter(), first
+        loss, start_time, start_step = 0.0, time.perf_counter(), first
         for step, (images, labels) in enumerate(feed, first + 1):  # step: updates with this one
             previous_loss = loss
             state, loss, rate = train_step(state, images, labels, options)
-            # The call returns before the update is computed. To wait for the update before it keeps
-            # the devices busy, and at most two batches in their memory.
+            # This call returns before the update is computed. Waiting for the previous update, not
+            # this one, keeps the devices busy and no more than two batches in their memory.
             jax.block_until_ready(previous_loss)
             if is_due(step, options.log_every) or step <= first + 2:
-                loss, rate = float(loss), float(rate)  # waits for this update
-                require(math.isfinite(loss), f"the loss of step {step} is {loss}; lower --base_lr?")
-                each = (time.perf_counter() - begun) / (step - timed_from)  # evaluations included
-                speed, left = options.batch_size / each, each * (options.total_steps - step)
-                note = "with compilation" if step == first + 1 else f"{duration(left)} left"
-                line = f"step {step}/{options.total_steps}  loss {loss:.4f}  lr {rate:.2e}"
-                say(f"{line}  {speed:.1f} images/s  {note}")
-                if step == first + 1:  # the time counts from here, when all is compiled
-                    begun, timed_from = time.perf_counter(), step
-                elif step == first + 2 and left > 3600 and jax.default_backend() == "cpu":
-                    say(
-                        "no GPU or TPU was found: pip install 'jax[cuda13]' is for NVIDIA's; or try"
-                    )
-                    say("--model=ViT-Ti_16 --image_size=224 --total_steps=500 --warmup_steps=50")
-            if is_due(step, options.log_every):
-                record(step, loss, rate, speed, "")
+                value, rate, now = float(loss), float(rate), time.perf_counter()
+                require(
+                    math.isfinite(value), f"the loss of step {step} is {value}: lower --base_lr"
+                )
+                seconds = (now - start_time) / (step - start_step)  # for an update
+                speed, left = options.batch_size / seconds, seconds * (options.total_steps - step)
+                line = f"step {step}/{options.total_steps}  loss {value:.4f}  lr {rate:.2e}"
+                if step == first + 1:  # speed and time left count from here, when all is compiled
+                    say(f"{line}  compiled and computed in {duration(seconds)}")
+                    start_time, start_step = now, step
+                else:
+                    say(f"{line}  {speed:.1f} images/s  {duration(left)} left")
+                if step == first + 2 and left > 3600 and jax.default_backend() == "cpu":
+                    say(NO_ACCELERATOR)
+                if is_due(step, options.log_every):
+                    record(step, value, rate, speed, "")
             if is_due(step, options.eval_every):
                 record(step, "", "", "", evaluate(state["params"], data, options))
                 save_run(options, run, state)
@@ -690,12 +690,12 @@ def train(options, data):
 
 
 @contextlib.contextmanager
-def whole_or_not_at_all(path):
-    """A file to write that gets its name when it is complete and on the disk, or is not there.
+def atomic_write(path):
+    """Opens a file for writing that appears under its name only when it is completely on the disk.
 
-    Until then the process id is part of its name, so that two programs do not write one file.
+    Until then it has another name, which no other process uses, and an exception removes it.
     """
-    partial = Path(f"{path}.{os.getpid()}.partial")
+    partial = Path(f"{path}.{platform.node()}.{os.getpid()}.partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(partial, "wb") as file:
@@ -707,93 +707,48 @@ def whole_or_not_at_all(path):
         partial.unlink(missing_ok=True)
 
 
-def fetch(urls, options, check):
-    """The path of a file of which copies lie at these addresses; they are tried in turn.
+def fetch(urls, options, read):
+    """Downloads a file from the first of several addresses that has it; returns read(its path).
 
-    It is kept under one name, with a digest of the first address, which it gets if check(path)
-    raises nothing. Raises BadInput if no address gives it, or all are silent for a minute.
+    The file is kept for the next time, under a name derived from the first address, but only if
+    read accepts it. Raises BadInput if every address fails or is silent for a minute.
     """
     digest = hashlib.sha256(urls[0].encode()).hexdigest()[:8]
     path = Path(options.data_dir, "downloads", f"{digest}-{Path(urls[0]).name}").expanduser()
     if path.exists():
-        return path
+        return read(path)
     failures = []
     for url in urls:
         try:
-            with (
-                urllib.request.urlopen(url, timeout=60) as reply,
-                whole_or_not_at_all(path) as file,
-            ):
+            with urllib.request.urlopen(url, timeout=60) as reply, atomic_write(path) as file:
                 size = int(reply.headers["Content-Length"] or 0)
                 while chunk := reply.read(64 << 20):
                     file.write(chunk)
                     say(f"fetching {url}: {file.tell() >> 20} of {size >> 20} MiB")
                 file.flush()
                 require(file.tell() >= size, f"it was cut off after {file.tell()} bytes")
-                check(file.name)
-            return path
+                content = read(file.name)
+            return content
         except (OSError, http.client.HTTPException, BadInput) as error:
             failures.append(f"{url} ({error})")
             say(f"cannot fetch {failures[-1]}")
-    raise BadInput(f"cannot fetch {', nor '.join(failures)}; put the file at {path} by hand")
+    raise BadInput(f"cannot fetch {', nor '.join(failures)}: you can put the file at {path}")
 
 
 # -------------------------------------------------------------------------------- 7. Checkpoints
 
 BUCKET = "https://storage.googleapis.com/vit_models/"
 HUB = "https://huggingface.co/timm/"
-IMAGENET_21K = {  # --model: the released file, timm's copy of it
-    "ViT-Ti_16": (
-        "augreg/Ti_16-i21k-300ep-lr_0.001-aug_none-wd_0.03-do_0.0-sd_0.0.npz",
-        "vit_tiny_patch16_224.augreg_in21k",
-    ),
-    "ViT-S_32": (
-        "augreg/S_32-i21k-300ep-lr_0.001-aug_light1-wd_0.03-do_0.0-sd_0.0.npz",
-        "vit_small_patch32_224.augreg_in21k",
-    ),
-    "ViT-S_16": (
-        "augreg/S_16-i21k-300ep-lr_0.001-aug_light1-wd_0.03-do_0.0-sd_0.0.npz",
-        "vit_small_patch16_224.augreg_in21k",
-    ),
-    "ViT-B_32": ("imagenet21k/ViT-B_32.npz", "vit_base_patch32_224.orig_in21k"),
-    "ViT-B_16": ("imagenet21k/ViT-B_16.npz", "vit_base_patch16_224.orig_in21k"),
-    "ViT-B_8": (
-        "augreg/B_8-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.0-sd_0.0.npz",
-        "vit_base_patch8_224.augreg_in21k",
-    ),
-    "ViT-L_32": ("imagenet21k/ViT-L_32.npz", "vit_large_patch32_224.orig_in21k"),
-    "ViT-L_16": ("imagenet21k/ViT-L_16.npz", "vit_large_patch16_224.orig_in21k"),
-    "ViT-H_14": ("imagenet21k/ViT-H_14.npz", "vit_huge_patch14_224.orig_in21k"),
-}
-IMAGENET = {  # the same, fine-tuned; for B_32 and L_16 timm has another training only, AugReg's
-    "ViT-Ti_16": (
-        "augreg/Ti_16-i21k-300ep-lr_0.001-aug_none-wd_0.03-do_0.0-sd_0.0--imagenet2012-steps_20k-lr_0.03-res_384.npz",
-        "vit_tiny_patch16_384.augreg_in21k_ft_in1k",
-    ),
-    "ViT-S_32": (
-        "augreg/S_32-i21k-300ep-lr_0.001-aug_light1-wd_0.03-do_0.0-sd_0.0--imagenet2012-steps_20k-lr_0.03-res_384.npz",
-        "vit_small_patch32_384.augreg_in21k_ft_in1k",
-    ),
-    "ViT-S_16": (
-        "augreg/S_16-i21k-300ep-lr_0.001-aug_light1-wd_0.03-do_0.0-sd_0.0--imagenet2012-steps_20k-lr_0.03-res_384.npz",
-        "vit_small_patch16_384.augreg_in21k_ft_in1k",
-    ),
-    "ViT-B_32": (
-        "imagenet21k+imagenet2012/ViT-B_32.npz",
-        "vit_base_patch32_384.augreg_in21k_ft_in1k",
-    ),
-    "ViT-B_16": (
-        "imagenet21k+imagenet2012/ViT-B_16.npz",
-        "vit_base_patch16_384.orig_in21k_ft_in1k",
-    ),
-    "ViT-L_32": (
-        "imagenet21k+imagenet2012/ViT-L_32.npz",
-        "vit_large_patch32_384.orig_in21k_ft_in1k",
-    ),
-    "ViT-L_16": (
-        "imagenet21k+imagenet2012/ViT-L_16.npz",
-        "vit_large_patch16_384.augreg_in21k_ft_in1k",
-    ),
+RELEASED = {  # by --model: a file in the bucket; the training of timm's fine-tuned copy, see below
+    "ViT-Ti_16": ("augreg/Ti_16-i21k-300ep-lr_0.001-aug_none-wd_0.03-do_0.0-sd_0.0", "augreg"),
+    "ViT-S_32": ("augreg/S_32-i21k-300ep-lr_0.001-aug_light1-wd_0.03-do_0.0-sd_0.0", "augreg"),
+    "ViT-S_16": ("augreg/S_16-i21k-300ep-lr_0.001-aug_light1-wd_0.03-do_0.0-sd_0.0", "augreg"),
+    "ViT-B_32": ("imagenet21k/ViT-B_32", "augreg"),
+    "ViT-B_16": ("imagenet21k/ViT-B_16", "orig"),
+    "ViT-B_8": ("augreg/B_8-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.0-sd_0.0", None),
+    "ViT-L_32": ("imagenet21k/ViT-L_32", "orig"),
+    "ViT-L_16": ("imagenet21k/ViT-L_16", "augreg"),
+    "ViT-H_14": ("imagenet21k/ViT-H_14", None),
 }
 NEWER_FLAX = {  # files saved by newer Flax code count and nest differently
     "opt/target/": "",
@@ -826,26 +781,47 @@ TIMM = {  # names in timm's files; those of a block come after blocks.0. and so 
 }
 
 
+def released_addresses(model, fine_tuned):
+    """The addresses of a released checkpoint: in the authors' bucket, and of timm's copy of it.
+
+    It is pre-trained on ImageNet-21k or, fine_tuned, knows ImageNet's classes at 384 pixels. It is
+    the paper's ("orig") or, for the sizes that came later, that of arXiv 2106.10270 ("augreg"). Of
+    B_32 and L_16 fine-tuned timm has only the latter. Raises BadInput if there is none.
+    """
+    released = [name for name in RELEASED if RELEASED[name][1] or not fine_tuned]
+    require(model in released, f"--model={model} is not released, only {', '.join(released)}")
+    file, training_of_fine_tuned = RELEASED[model]
+    training = "augreg" if file.startswith("augreg") else "orig"
+    size, patch = model.removeprefix("ViT-").split("_")
+    size = {"Ti": "tiny", "S": "small", "B": "base", "L": "large", "H": "huge"}[size]
+    name = f"vit_{size}_patch{patch}_224.{training}_in21k"
+    if fine_tuned:
+        name = f"vit_{size}_patch{patch}_384.{training_of_fine_tuned}_in21k_ft_in1k"
+        file = file.replace("imagenet21k", "imagenet21k+imagenet2012")
+        file += "--imagenet2012-steps_20k-lr_0.03-res_384" if training == "augreg" else ""
+    return [f"{BUCKET}{file}.npz", f"{HUB}{name}/resolve/main/model.safetensors"]
+
+
 def read_safetensors(path):
     """{name: float32 array} of a .safetensors file that holds F32, F16 or BF16.
 
-    Eight bytes say how long the header is, and the header, JSON, which bytes are which array. It is
-    believed only if the arrays lie one behind the other and fill the file; otherwise one of several
-    kinds of exceptions is raised.
+    Eight bytes give the length of the header; the header, JSON, says which bytes are which array.
+    It is accepted only if the arrays follow each other without a gap to the end of the file;
+    otherwise, and for other damage, one of several kinds of exceptions is raised.
     """
     dtypes = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
     data = np.fromfile(path, np.uint8)
     start = 8 + int.from_bytes(data[:8].tobytes(), "little")
     header = json.loads(data[8:start].tobytes())
     header.pop("__metadata__", None)
-    arrays, place = {}, start
+    arrays, offset = {}, start
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         begin, end = entry["data_offsets"]
-        require(start + begin == place, f"{name} does not begin where the array before it ends")
-        place = start + end
-        array = data[start + begin : place].view(dtypes[entry["dtype"]]).reshape(entry["shape"])
-        arrays[name] = array.astype(np.float32)
-    require(place == len(data), f"it has {len(data)} bytes instead of {place}")
+        require(start + begin == offset, f"{name} does not begin where the array before it ends")
+        offset = start + end
+        array = data[start + begin : offset].view(dtypes[entry["dtype"]])
+        arrays[name] = array.reshape(entry["shape"]).astype(np.float32)
+    require(offset == len(data), f"it has {len(data)} bytes instead of {offset}")
     return arrays
 
 
@@ -930,58 +906,52 @@ def to_params(arrays, source):
             name = name.replace(newer, released)
         if not name.startswith(("opt/", "train/", "class_names")):
             found[name] = array
-    depth = sum(name.endswith("/LayerNorm_0/bias") for name in found)
     layers = {name.split("/")[0] for name in found}
-    sizes, params = {"1": 1, "3": 3}, {}  # the sizes are learned from the first array that has them
-    for name, letters in PARAMETERS.items():
-        if name.split("/")[0] in {"pre_logits", "head"} - layers:
+    depth = sum(name.endswith("/LayerNorm_0/bias") for name in found)
+    sizes, params = {"1": 1, "3": 3}, {}
+    for name, (letters, _) in PARAMETERS.items():
+        layer = name.split("/")[0]
+        if layer in ("pre_logits", "head") and layer not in layers:
             continue
+        in_blocks, letters = letters[0] == "L", letters.removeprefix("L")
         stack = []
-        for one in [block_name(name, i) for i in range(depth)] if letters[0] == "L" else [name]:
+        for one in [block_name(name, i) for i in range(depth)] if in_blocks else [name]:
             require(one in found, f"{source} has no {one}")
-            array, axes = found.pop(one), letters.removeprefix("L")
-            sizes = dict(zip(axes, array.shape, strict=False)) | sizes
-            shape = tuple(sizes.get(letter) for letter in axes)
-            require(array.shape == shape, f"{source}: {one} is {array.shape}, not {shape}")
+            array = found.pop(one)
+            for letter, size in zip(letters, array.shape, strict=False):
+                sizes.setdefault(letter, size)  # the first array that has a size determines it
+            shape = tuple(sizes.get(letter) for letter in letters)
+            require(array.shape == shape, f"{source}: {one} has shape {array.shape}, not {shape}")
             finite = array.size and array.dtype.kind == "f" and abs(array).max() < 3e38
-            require(finite, f"{source}: {one} holds something else than finite numbers")
+            require(finite, f"{source}: {one} holds values other than finite numbers")
             stack.append(array)
-        params[name] = np.asarray(stack if letters[0] == "L" else stack[0], np.float32)
+        params[name] = np.asarray(stack if in_blocks else stack[0], np.float32)
     require(not found, f"{source} has {[*found][:3]}, so it is another kind of model")
     square = math.isqrt(sizes["N"] - 1) ** 2 == sizes["N"] - 1
-    require(depth and square, f"{source} is no Vision Transformer for square images")
+    require(depth and square, f"{source} is not a Vision Transformer for square images")
     return nest(params)
 
 
 def load_checkpoint(path, model="ViT-B_16"):
-    """The params of a checkpoint file as they are, see `read_arrays` and `to_params`."""
+    """The params of a checkpoint file, unchanged. See `read_arrays` and `to_params`."""
     return to_params(read_arrays(path, model), path)
 
 
-def load_pretrained(options, released):
-    """What --pretrained names: params, and the names of their K classes, by default numbers.
+def load_pretrained(options, fine_tuned=False):
+    """What --pretrained names: params, and the class names that the file has, or None.
 
-    released: IMAGENET_21K, or IMAGENET, whose classes any 1,000 without names are taken for.
-    Raises BadInput.
+    fine_tuned: "released" means the checkpoint that knows ImageNet's classes. Raises BadInput.
     """
-    path, model = options.pretrained, options.model
-    urls = [path]
-    if path == "released":
-        require(model in released, f"--model={model}: released are only {', '.join(released)}")
-        file, name = released[model]
-        urls = [BUCKET + file, f"{HUB}{name}/resolve/main/model.safetensors"]
-    if urls[0].startswith(("http://", "https://")):
-        path = fetch(urls, options, functools.partial(load_checkpoint, model=model))
-    arrays = read_arrays(os.path.expanduser(path), model)
-    params = to_params(arrays, path)
-    count = params["head"]["bias"].size if "head" in params else 0
-    names = arrays.get("class_names", range(count))
-    if count == 1000 and "class_names" not in arrays:
-        from tensorflow_datasets.datasets.siscore import labels
 
-        names = labels.IMAGENET_LABELS_LIST
-    require(len(names) == count, f"{path} has {len(names)} class_names for {count} classes")
-    return params, names
+    def read(path):
+        arrays = read_arrays(path, options.model)
+        return to_params(arrays, path), arrays.get("class_names")
+
+    if options.pretrained == "released":
+        return fetch(released_addresses(options.model, fine_tuned), options, read)
+    if options.pretrained.startswith(("http://", "https://")):
+        return fetch([options.pretrained], options, read)
+    return read(os.path.expanduser(options.pretrained))
 
 
 def save_checkpoint(path, params, **more):
@@ -992,7 +962,7 @@ def save_checkpoint(path, params, **more):
     params = jax.device_get(params)
     finite = all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
     require(finite, f"parameters are nan or infinite, {path} stays as it was; lower --base_lr?")
-    with whole_or_not_at_all(path) as file:
+    with atomic_write(path) as file:
         np.savez(file, **to_released(params), **more)
 
 
@@ -1003,8 +973,8 @@ def resize_position_embeddings(embeddings, grid):
     """
     old = math.isqrt(embeddings.shape[1] - 1)
     patches = embeddings[0, 1:].reshape(old, old, -1)  # [g, g, D]
-    places = np.linspace(0, old - 1, grid)  # of the new rows and columns among the old
-    bilinear = np.maximum(0, 1 - abs(places[:, None] - np.arange(old)))  # [grid, g]
+    new = np.linspace(0, old - 1, grid)  # coordinates of new rows and columns among the old
+    bilinear = np.maximum(0, 1 - abs(new[:, None] - np.arange(old)))  # [grid, g]
     patches = np.einsum("ia,jb,abd->ijd", bilinear, bilinear, patches, optimize=True)
     patches = patches.reshape(1, grid * grid, -1).astype(np.float32)
     return np.concatenate([embeddings[:, :1], patches], axis=1)
@@ -1022,11 +992,12 @@ def adapt(params, image_size, num_classes=None):
     With num_classes they are prepared for fine-tuning: pre_logits goes, the head is all zeros.
     Raises BadInput where patches do not fill an image; only the default, 384, is rounded down.
     """
-    encoder, (patch, _, _, d) = dict(params["Transformer"]), params["embedding"]["kernel"].shape
+    encoder = dict(params["Transformer"])
+    patch, _, _, d = params["embedding"]["kernel"].shape
     image_size = image_size or image_size_of(params)
     grid = image_size // patch
     fits = grid and image_size in (grid * patch, Options.image_size)
-    require(fits, f"--image_size={image_size} is no multiple of the patch size, {patch}")
+    require(fits, f"--image_size={image_size} is not a multiple of the patch size, {patch}")
     embeddings = encoder["posembed_input"]["pos_embedding"]
     encoder["posembed_input"] = {"pos_embedding": resize_position_embeddings(embeddings, grid)}
     params = params | {"Transformer": encoder}
@@ -1039,30 +1010,29 @@ def adapt(params, image_size, num_classes=None):
 
 # ---------------------------------------------------------------------- 8. Runs, devices and hosts
 
-MAY_CHANGE = (  # options with which a run may go on that was begun with others
-    *("accum_steps", "remat", "log_every", "eval_every", "eval_only", "logdir", "data_dir"),
-    *("coordinator_address", "num_processes", "process_id"),
-)
+# Options with which a run may resume though it began with others:
+FREE = ("accum_steps", "remat", "log_every", "eval_every", "eval_only", "logdir", "data_dir")
+MAY_CHANGE = (*FREE, "coordinator_address", "num_processes", "process_id")
 
 
 def start_or_resume(options, data):
-    """The state to go on with, on all devices, and the run: a dict of its "identity", options and
-    data, and the "rows" of metrics.csv so far.
+    """The state to continue from, on all devices, and the run: a dict of its "identity" and of the
+    "rows" of metrics.csv so far.
 
-    Goes on from checkpoint.npz in options.logdir, if it is of the same run; where there is none,
+    Resumes from checkpoint.npz in options.logdir if that is of the same run; if there is none,
     starts from what options.pretrained names. Raises BadInput.
     """
     path, identity = f"{options.logdir}/checkpoint.npz", identity_of(options, data)
     if os.path.exists(path):
         arrays = read_arrays(path)
-        require("train/run" in arrays, f"{path} is not of a run; choose another --logdir")
+        require("train/run" in arrays, f"{path} is not the checkpoint of a run: choose --logdir")
         run, step = json.loads(str(arrays["train/run"])), int(arrays["train/step"])
         for name, value in identity.items():
             was = run["identity"].get(name)
-            change = f"{path} is of another run, its {name} was {was}, not {value}"
+            change = f"{path} is of another run: its {name} was {was}, not {value}"
             require(was == value, f"{change}; choose another --logdir")
         params = to_params(arrays, path)
-        leaves, tree = jax.tree.flatten(jax.eval_shape(sgd_init, params))
+        leaves, tree = jax.tree.flatten(jax.eval_shape(sgd_init, params))  # shapes and dtypes only
         momentum = tree.unflatten(
             arrays[f"train/momentum_{i}"].astype(leaf.dtype) for i, leaf in enumerate(leaves)
         )
@@ -1076,29 +1046,30 @@ def start_or_resume(options, data):
 
 
 def identity_of(options, data):
-    """What a run is, by name: a run may go on only if nothing of it has changed."""
+    """What a run is, by name. It can be resumed only if none of this has changed."""
     identity = {name: value for name, value in vars(options).items() if name not in MAY_CHANGE}
     identity |= {"data": data.get("name"), "classes": [*data["classes"]]}
-    return identity | {"number of training images": len(data["train"])}
+    counts = {f"number of {split} images": len(data[split]) for split in ("train", "test")}
+    return identity | counts
 
 
 def initial_params(options, num_classes):
-    """What a run starts from: what --pretrained names, or random params; adapted. BadInput."""
+    """What a run starts from: what --pretrained names, or random params. Raises BadInput."""
     if options.pretrained == "none":
         init = jax.jit(init_params, static_argnums=(1, 2, 3))  # compiled in one piece
         key = jax.random.key(options.seed)
         params = jax.device_get(init(key, options.model, options.image_size, num_classes))
     else:
-        params, _ = load_pretrained(options, IMAGENET_21K)
+        params, _ = load_pretrained(options)
     return adapt(params, options.image_size, num_classes)
 
 
 def save_run(options, run, state):
-    """Writes checkpoint.npz: params, and all else that `start_or_resume` goes on with."""
+    """Writes checkpoint.npz: params, and everything else that `start_or_resume` needs."""
     if jax.process_index() == 0:
         more = {"train/run": json.dumps(run), "train/step": state["step"]}
         for i, leaf in enumerate(jax.tree.leaves(jax.device_get(state["momentum"]))):
-            more[f"train/momentum_{i}"] = leaf.astype(np.float32)  # NumPy's files know no bfloat16
+            more[f"train/momentum_{i}"] = leaf.astype(np.float32)  # an .npz has no bfloat16
         more["class_names"] = run["identity"]["classes"]
         save_checkpoint(f"{options.logdir}/checkpoint.npz", state["params"], **more)
 
@@ -1110,9 +1081,9 @@ def replicate(tree):
 
 
 def join_hosts(options):
-    """Makes one JAX of all hosts, which have five minutes to come. Raises BadInput.
+    """Connects all hosts, for which it waits up to five minutes. Raises BadInput.
 
-    From then on JAX ends all when one of them ends, or is not heard of for 100 seconds.
+    From then on JAX terminates every host if one exits, or is silent for 100 seconds.
     """
     address = options.coordinator_address
     fits = re.fullmatch(r"auto|.+:\d+", address)
@@ -1120,15 +1091,15 @@ def join_hosts(options):
     print(f"waiting for all hosts at {address}, five minutes at most", flush=True)
     jax.config.update("jax_enable_preemption_service", False)  # it would hold back SIGTERM
     known = () if address == "auto" else (address, options.num_processes, options.process_id)
-    jax.distributed.initialize(*known)
-    # At their first collective hosts have 30 seconds to meet, and to read data may take longer.
+    patience = {"heartbeat_timeout_seconds": 100, "shutdown_timeout_seconds": 60}
+    jax.distributed.initialize(*known, initialization_timeout=300, **patience)
+    # At their first collective hosts have only 30 seconds to meet, so it comes before data is read.
     multihost_utils.sync_global_devices("all hosts are here")
 
 
 def same_on_all_hosts(values):
-    """Raises BadInput, on every host, naming which of the values differ from host to host."""
-    own = ("process_id", "logdir", "data_dir")
-    names = [name for name in values if name not in own]
+    """Raises BadInput, on every host, naming which of the values differ between hosts."""
+    names = [name for name in values if name not in ("process_id", "logdir", "data_dir")]
     digests = np.uint32([zlib.crc32(repr(values[name]).encode()) for name in names])
     for name, column in zip(names, multihost_utils.process_allgather(digests).T, strict=True):
         require(len({*column.tolist()}) == 1, f"the hosts differ in {name}, here {values[name]}")
@@ -1156,10 +1127,10 @@ def draw_digit(i):
 
 
 def decode(file, name):
-    """A path or file object -> Pillow image in RGB, upright, without alpha. BadInput, with name."""
+    """A path or file object -> Pillow image in RGB, upright. Raises BadInput, with the name."""
     try:
         with Image.open(file, formats=FORMATS) as image:
-            require(image.mode[0] not in "FI", "save it with 8 bits for each colour")
+            require(image.mode[0] not in "FI", "save it with 8 bits per channel")
             image = ImageOps.exif_transpose(image)
             return image.convert("RGBA" if "transparency" in image.info else "RGB").convert("RGB")
     except Exception as error:  # damaged bytes make Pillow's decoders raise a dozen kinds
@@ -1172,36 +1143,34 @@ def cifar(name, options):
     A record is a label (in CIFAR-100 a coarse and a fine one), then 32 x 32 bytes of red, of green
     and of blue. Raises BadInput.
     """
-    url, sha256 = f"{KRIZ}{name.replace('cifar', 'cifar-')}-binary.tar.gz", CIFAR[name]
+    url = f"{KRIZ}{name.replace('cifar', 'cifar-')}-binary.tar.gz"
     names, labels = ("batches.meta.txt", 1) if name == "cifar10" else ("fine_label_names.txt", 2)
 
-    def check(path):
+    def read_archive(path):
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        require(digest == sha256, f"{path} is damaged, its SHA-256 is not {sha256}; delete it")
-
-    def read(record):
-        pixels = record[labels:].reshape(3, 32, 32).transpose(1, 2, 0)
-        return Image.fromarray(np.ascontiguousarray(pixels)), int(record[labels - 1])
-
-    path = fetch([url], options, check)
-    check(path)  # each time, for it may have been damaged since
-    with tarfile.open(path) as archive:
-        members = [member for member in archive if member.isfile()]
-        files = {Path(x.name).name: archive.extractfile(x).read() for x in members}
+        require(digest == CIFAR[name], f"{path} is damaged, by its SHA-256: delete it")
+        with tarfile.open(path) as archive:
+            members = [member for member in archive if member.isfile()]
+            return {Path(x.name).name: archive.extractfile(x).read() for x in members}
 
     def records(*starts):
         parts = [files[file] for file in sorted(files) if file.startswith(starts)]
         return np.frombuffer(b"".join(parts), np.uint8).reshape(-1, labels + 3072)
 
+    def read(record):
+        pixels = record[labels:].reshape(3, 32, 32).transpose(1, 2, 0)
+        return Image.fromarray(np.ascontiguousarray(pixels)), int(record[labels - 1])
+
+    files = fetch([url], options, read_archive)
     train, classes = records("data_batch", "train"), files[names].decode().split()
     train = train[: round(0.98 * len(train))]
     return {"classes": classes, "train": train, "test": records("test"), "read": read}
 
 
 def image_folder(root):
-    """A folder {train,test}/CLASS/*.jpg (or png, ...; val or validation for test); of a folder of
-    CLASS/*.jpg every tenth image is for testing. Links are followed, hidden files left out.
+    """A folder of {train,test}/CLASS/*.jpg (or png, ...; or val, validation for test). In a folder
+    of CLASS/*.jpg, every tenth image is for testing. Follows links, ignores hidden files.
     Raises BadInput."""
 
     def find(folder):  # [(class, path)]
@@ -1225,35 +1194,37 @@ def image_folder(root):
 
 
 def tfds_dataset(name, options):
-    """A TFDS dataset, read as ArrayRecord, which takes no TensorFlow. Raises BadInput.
+    """A TFDS dataset, read as ArrayRecord, which does not need TensorFlow. Raises BadInput.
 
-    To prepare one does take TensorFlow; where it is not installed, the line says what to run.
+    Preparing a dataset does need it; if it is not installed, the message says what to run.
     """
-    import tensorflow_datasets as tfds  # only here: to import it takes longer than JAX
+    import tensorflow_datasets as tfds  # only here: importing it takes longer than JAX
 
-    logging.getLogger("absl").setLevel(logging.ERROR)  # which warns of folders that it made itself
+    logging.getLogger("absl").setLevel(logging.ERROR)  # which warns of folders that TFDS makes
     where = {"data_dir": os.path.expanduser(options.data_dir), "file_format": "array_record"}
     try:
         builder = tfds.builder(name, **where)
     except (ValueError, AssertionError) as error:
-        names = {*tfds.list_builders(with_community_datasets=False)}
-        near = ", ".join(difflib.get_close_matches(name.lower(), names)) or "none"
-        why = f"{str(error).splitlines()[0][:200]} Similar names: {near}."
-        raise BadInput(f"{name} is no file, no folder, no dataset: {why}") from error
+        why = " ".join(re.findall("^.*|Did you mean.*", str(error)))
+        raise BadInput(f"{name} is not a file, a folder or a dataset: {why}") from error
     command = f"import tensorflow_datasets as t; t.builder('{name}', **{where})"
     ready = builder.is_prepared() or importlib.util.find_spec("tensorflow")
     require(
-        ready,
-        f'to prepare {name}, run where TensorFlow is: python -c "{command}.download_and_prepare()"',
+        ready, f'prepare {name} where TensorFlow is: python -c "{command}.download_and_prepare()"'
     )
-    builder.download_and_prepare()  # does nothing if it is prepared
-    require("label" in builder.info.features, f"{name} is not for image classification")
+    try:
+        builder.download_and_prepare()  # does nothing if it is prepared
+    except AssertionError as error:  # ImageNet's archives, for example, must be put there by hand
+        raise BadInput(f"cannot prepare {name}: {error}") from error
+    features = builder.info.features
+    classes = getattr(features.get("label"), "names", None)
+    require(classes and "image" in features, f"{name} is not for image classification")
 
     def source(split):
         return builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
 
     def read(example):
-        return decode(io.BytesIO(example["image"]), f"of {name}"), int(example["label"])
+        return decode(io.BytesIO(example["image"]), f"in {name}"), int(example["label"])
 
     train, test = "train[:90%]", "train[90%:]"
     for split in ("validation", "test"):  # the test split, if its images have labels
@@ -1261,7 +1232,6 @@ def tfds_dataset(name, options):
             train, test = "train", split
     if builder.name == "imagenet2012":  # as the release
         train = "train[:99%]"
-    classes = builder.info.features["label"].names
     return {"classes": classes, "train": source(train), "test": source(test), "read": read}
 
 
@@ -1285,12 +1255,13 @@ def load_data(name, options):
 def attention_rollout(weights):
     """How much of each patch reaches the class token: [L, B, A, N, N] -> [B, grid, grid], 0 to 1.
 
-    Mean over heads, mixed with the identity for the residuals, block by block (arXiv 2005.00928).
-    A few patches without content often get many times the attention of the others (arXiv
-    2309.16588); so 1 is the 99th percentile of an image, and what is above is cut off.
+    The mean over heads, mixed with the identity for the residual, block after block (arXiv
+    2005.00928). A few patches often outshine all others by far (arXiv 2309.16588), so 1 is the 99th
+    percentile of an image, and anything above is clipped.
     """
-    weights = (weights.mean(axis=2) + np.eye(weights.shape[-1])) / 2  # [L, B, N, N]
-    reached = functools.reduce(lambda below, block: block @ below, weights)[:, 0, 1:]  # [B, N-1]
+    weights = weights.mean(axis=2)  # [L, B, N, N]
+    weights = (weights + np.eye(weights.shape[-1])) / 2
+    reached = functools.reduce(np.matmul, weights[::-1])[:, 0, 1:]  # [B, N-1]
     grid = math.isqrt(reached.shape[1])
     brightest = np.percentile(reached, 99, axis=1, keepdims=True)
     return np.minimum(1, reached / brightest).reshape(-1, grid, grid)
@@ -1299,8 +1270,12 @@ def attention_rollout(weights):
 def classify(options, photos):
     """Prints the five likeliest classes of each photo and writes PHOTO-attention.png: the photo,
     and the photo lit by where the class token looks. Raises BadInput."""
-    params, names = load_pretrained(options, IMAGENET)
-    require("head" in params, f"{options.pretrained} has no head, it must be fine-tuned before")
+    params, names = load_pretrained(options, fine_tuned=True)
+    require("head" in params, f"{options.pretrained} has no head: fine-tune it first")
+    if names is None and params["head"]["bias"].size == 1000:
+        from tensorflow_datasets.datasets.siscore import labels
+
+        names = labels.IMAGENET_LABELS_LIST  # without names, 1,000 classes are taken for ImageNet's
     params = jax.device_put(adapt(params, options.image_size))
     model = jax.jit(functools.partial(forward, return_attention=True))
     for photo in photos:
@@ -1314,7 +1289,7 @@ def classify(options, photos):
         say(f"{photo} (see {photo}-attention.png)")
         probabilities = np.asarray(jax.nn.softmax(logits[0]))
         for label in probabilities.argsort()[::-1][:5]:
-            say(f"{probabilities[label]:8.2%}  {names[label]}")
+            say(f"{probabilities[label]:8.2%}  {names[label] if names is not None else label}")
 
 
 # -------------------------------------------------------------------------------- 11. Command line
@@ -1352,41 +1327,42 @@ def parse_options(argv):
     paths = flags.pop("data")
     photos = all(map(os.path.isfile, paths))
     require(photos or len(paths) == 1, f"of {' '.join(paths)}, not all are image files")
-    run = {"logdir": f"runs/{paths[0].strip('./').replace('/', '-')}"} | flags
+    default = f"runs/{paths[0].strip('./').replace('/', '-')}"
+    flags["logdir"] = os.path.expanduser(flags.get("logdir", default))
     preset = PRESETS.get(paths[0], {})
-    if "eval_only" in flags:
-        preset = {"image_size": 0, "pretrained": f"{run['logdir']}/checkpoint.npz"}
-    elif photos:
-        preset = {"image_size": 0}  # as the checkpoint's
-    return paths, Options(**(preset | run))
+    if photos:
+        preset = {"image_size": 0}  # the checkpoint's
+    elif "eval_only" in flags:
+        preset = {"image_size": 0, "pretrained": f"{flags['logdir']}/checkpoint.npz"}
+    return paths, Options(**(preset | flags))
 
 
-def run(paths, options):
-    """Does what the command line asks for. Raises BadInput."""
-    if options.coordinator_address or options.num_processes > 1:
-        join_hosts(options)
-    if os.path.isfile(paths[0]):
-        classify(options, paths)
-    elif options.eval_only:
-        data = load_data(paths[0], options)
-        params, names = load_pretrained(options, IMAGENET)
-        same_on_all_hosts(vars(options))
-        same = [*names] in ([*data["classes"]], [*range(len(data["classes"]))])
-        require(same, f"{options.pretrained} knows other classes than {paths[0]}")
-        evaluate(replicate(adapt(params, options.image_size)), data, options)
-    else:
-        train(options, load_data(paths[0], options))
+def evaluate_only(options, data):
+    """Evaluates what --pretrained names. Raises BadInput if its classes are not those of data."""
+    params, names = load_pretrained(options, fine_tuned=True)
+    count = params["head"]["bias"].size if "head" in params else 0
+    require(count == len(data["classes"]), f"{options.pretrained} knows {count} classes, not these")
+    same = names is None or [*names] == [*data["classes"]]
+    require(same, f"{options.pretrained} knows other classes than {data['name']}")
+    same_on_all_hosts(vars(options) | identity_of(options, data))
+    evaluate(replicate(adapt(params, options.image_size)), data, options)
 
 
 def main(argv=None):
     """The command line: returns the exit status, 2 after bad input and 130 after Ctrl-C."""
-    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/vit.py"))
-    jax.config.update("jax_compilation_cache_dir", cache)  # what took long to compile is kept
     try:
-        run(*parse_options(argv))
+        paths, options = parse_options(argv)
+        if options.coordinator_address or options.num_processes > 1:
+            join_hosts(options)
+        if os.path.isfile(paths[0]):
+            classify(options, paths)
+        elif options.eval_only:
+            evaluate_only(options, load_data(paths[0], options))
+        else:
+            train(options, load_data(paths[0], options))
         return 0
     except KeyboardInterrupt:
-        status, line = 130, "stopped; the same command goes on from the last evaluation"
+        status, line = 130, "stopped; a training run resumes from its last evaluation"
     except (BadInput, OSError) as error:
         status, line = 2, str(error)
     except jax.errors.JaxRuntimeError as error:
@@ -1399,7 +1375,7 @@ def main(argv=None):
         status, line = 2, f"{line} ({error})"
     print("vit.py:", " ".join(line.split())[:600], file=sys.stderr, flush=True)
     if jax.distributed.is_initialized():
-        os._exit(status)  # JAX ends the other hosts; a usual exit would wait for them
+        os._exit(status)  # JAX then ends the other hosts; a normal exit would wait for them
     return status
 
 
