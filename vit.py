@@ -574,10 +574,6 @@ def batches(example, indices, ahead=3):
 
 
 COLUMNS = ("step", "loss", "learning_rate", "images_per_second", "test_accuracy")  # of metrics.csv
-NO_ACCELERATOR = (
-    "no GPU or TPU was found; for an NVIDIA GPU: pip install 'jax[cuda13]'; without one, try "
-    "--model=ViT-Ti_16 --image_size=224 --total_steps=500 --warmup_steps=50"
-)
 
 
 def say(line):
@@ -622,6 +618,36 @@ def evaluate(params, data, options):
     return correct / count
 
 
+def progress(options, first):
+    """A function of (step, loss, learning rate) that prints a line and returns images per second.
+
+    first: the number of updates done before. Speed and time left are means since the first update,
+    after which everything is compiled, evaluations included. Raises BadInput for an infinite loss.
+    """
+    start_time, start_step = time.perf_counter(), first
+
+    def report(step, loss, rate):
+        nonlocal start_time, start_step
+        require(math.isfinite(loss), f"the loss of step {step} is {loss}: lower --base_lr")
+        now = time.perf_counter()
+        seconds = (now - start_time) / (step - start_step)  # for one update
+        left = seconds * (options.total_steps - step)
+        line = f"step {step}/{options.total_steps}  loss {loss:.4f}  lr {rate:.2e}"
+        if step == first + 1:
+            start_time, start_step = now, step
+            say(f"{line}  compiled and computed in {duration(seconds)}")
+        else:
+            say(f"{line}  {options.batch_size / seconds:.1f} images/s  {duration(left)} left")
+        if step == first + 2 and left > 3600 and jax.default_backend() == "cpu":
+            say(
+                "no GPU or TPU was found; for an NVIDIA GPU run: pip install 'jax[cuda13]'; without"
+            )
+            say("one, try --model=ViT-Ti_16 --image_size=224 --total_steps=500 --warmup_steps=50")
+        return options.batch_size / seconds
+
+    return report
+
+
 def train(options, data):
     """Trains on data and returns params as NumPy arrays.
 
@@ -656,30 +682,19 @@ def train(options, data):
     with open(path, "w") as metrics, contextlib.closing(batches(example, indices)) as feed:
         for row in (COLUMNS, *run["rows"]):
             print(*row, sep=",", file=metrics)
-        loss, start_time, start_step = 0.0, time.perf_counter(), first
+        loss, report = 0.0, progress(options, first)
         for step, (images, labels) in enumerate(feed, first + 1):  # step: updates with this one
             previous_loss = loss
             state, loss, rate = train_step(state, images, labels, options)
             # This call returns before the update is computed. Waiting for the previous update, not
             # this one, keeps the devices busy and no more than two batches in their memory.
             jax.block_until_ready(previous_loss)
-            if is_due(step, options.log_every) or step <= first + 2:
-                value, rate, now = float(loss), float(rate), time.perf_counter()
-                require(
-                    math.isfinite(value), f"the loss of step {step} is {value}: lower --base_lr"
-                )
-                seconds = (now - start_time) / (step - start_step)  # for an update
-                speed, left = options.batch_size / seconds, seconds * (options.total_steps - step)
-                line = f"step {step}/{options.total_steps}  loss {value:.4f}  lr {rate:.2e}"
-                if step == first + 1:  # speed and time left count from here, when all is compiled
-                    say(f"{line}  compiled and computed in {duration(seconds)}")
-                    start_time, start_step = now, step
-                else:
-                    say(f"{line}  {speed:.1f} images/s  {duration(left)} left")
-                if step == first + 2 and left > 3600 and jax.default_backend() == "cpu":
-                    say(NO_ACCELERATOR)
-                if is_due(step, options.log_every):
-                    record(step, value, rate, speed, "")
+            log = is_due(step, options.log_every)
+            if log or step <= first + 2:  # the first lines come as soon as they can
+                loss, rate = float(loss), float(rate)
+                images_per_second = report(step, loss, rate)
+            if log:
+                record(step, loss, rate, images_per_second, "")
             if is_due(step, options.eval_every):
                 record(step, "", "", "", evaluate(state["params"], data, options))
                 save_run(options, run, state)
@@ -1042,6 +1057,8 @@ def start_or_resume(options, data):
     same_on_all_hosts(vars(options) | identity | {"step of checkpoint.npz": step})
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     say(f"{options.logdir}: step {step} of {options.total_steps}, on {devices}")
+    size = image_size_of(params)
+    say(f"compiling an update of {options.batch_size} images of {size} x {size} pixels ...")
     return replicate({"params": params, "momentum": momentum, "step": np.int32(step)}), run
 
 
