@@ -923,27 +923,32 @@ def to_params(arrays, source):
             found[name] = array
     layers = {name.split("/")[0] for name in found}
     depth = sum(name.endswith("/LayerNorm_0/bias") for name in found)
-    sizes, params = {"1": 1, "3": 3}, {}
+    require(depth, f"{source} is not a Vision Transformer: it has no blocks")
+    sizes, params = {"1": 1, "3": 3}, {}  # each size is that of the first array that has it
+
+    def take(name, letters):
+        require(name in found, f"{source} has no {name}")
+        array = found.pop(name)
+        for letter, size in zip(letters, array.shape, strict=False):
+            sizes.setdefault(letter, size)
+        shape = tuple(sizes.get(letter) for letter in letters)
+        require(array.shape == shape, f"{source}: {name} has the shape {array.shape}, not {shape}")
+        finite = array.size and array.dtype.kind == "f" and abs(array).max() < 3e38
+        require(finite, f"{source}: {name} holds values other than finite numbers")
+        return array.astype(np.float32)
+
     for name, (letters, _) in PARAMETERS.items():
         layer = name.split("/")[0]
         if layer in ("pre_logits", "head") and layer not in layers:
             continue
-        in_blocks, letters = letters[0] == "L", letters.removeprefix("L")
-        stack = []
-        for one in [block_name(name, i) for i in range(depth)] if in_blocks else [name]:
-            require(one in found, f"{source} has no {one}")
-            array = found.pop(one)
-            for letter, size in zip(letters, array.shape, strict=False):
-                sizes.setdefault(letter, size)  # the first array that has a size determines it
-            shape = tuple(sizes.get(letter) for letter in letters)
-            require(array.shape == shape, f"{source}: {one} has shape {array.shape}, not {shape}")
-            finite = array.size and array.dtype.kind == "f" and abs(array).max() < 3e38
-            require(finite, f"{source}: {one} holds values other than finite numbers")
-            stack.append(array)
-        params[name] = np.asarray(stack if in_blocks else stack[0], np.float32)
+        if letters[0] == "L":
+            blocks = [take(block_name(name, i), letters[1:]) for i in range(depth)]
+            params[name] = np.stack(blocks)
+        else:
+            params[name] = take(name, letters)
     require(not found, f"{source} has {[*found][:3]}, so it is another kind of model")
     square = math.isqrt(sizes["N"] - 1) ** 2 == sizes["N"] - 1
-    require(depth and square, f"{source} is not a Vision Transformer for square images")
+    require(square, f"{source} is not for square images: it has {sizes['N']} position embeddings")
     return nest(params)
 
 
