@@ -869,6 +869,7 @@ def from_timm(arrays, model):
             for i, part in enumerate(("query", "key", "value")):
                 released[new_name.replace("qkv", part)] = array[..., i, :, :]
         else:
+            require(new_name not in released, f"it has {new_name} twice")
             released[new_name] = array
     return released
 
@@ -886,6 +887,7 @@ def read_arrays(path, model="ViT-B_16"):
             return from_timm(read_safetensors(path), model)
         with np.load(path) as file:
             require(len({*file.files}) == len(file.files), "it has two arrays of one name")
+            require(any(name.endswith("head/bias") for name in file.files), "it has no head")
             return {name: np.asarray(file[name]) for name in file.files}
     except Exception as error:  # damaged bytes make zipfile, zlib, NumPy, json raise a dozen kinds
         what = f"{path}, beginning with {start}, cannot be read as .npz or timm's .safetensors"
@@ -947,8 +949,9 @@ def to_params(arrays, source):
         else:
             params[name] = take(name, letters)
     require(not found, f"{source} has {[*found][:3]}, so it is another kind of model")
-    square = math.isqrt(sizes["N"] - 1) ** 2 == sizes["N"] - 1
-    require(square, f"{source} is not for square images: it has {sizes['N']} position embeddings")
+    patches = sizes["N"] - 1
+    square = patches and math.isqrt(patches) ** 2 == patches
+    require(square, f"{source} is not for square images: it has embeddings of {patches} patches")
     return nest(params)
 
 
