@@ -9,7 +9,7 @@
 It follows "An Image is Worth 16x16 Words" (arXiv 2010.11929, "the paper" below) and the code that
 was published with it, google-research/vision_transformer ("the release"). Run it, read it, copy it:
 
-    python vit.py digits       # learns to read digits in a quarter of a minute
+    python vit.py digits       # learns to read digits, in half a minute on a CPU
     python vit.py cifar10      # fine-tunes the released ViT-B/16 on CIFAR-10
     python vit.py photo.jpg --pretrained=runs/cifar10/checkpoint.npz
 
@@ -59,7 +59,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 
 class BadInput(ValueError):
-    """A mistake that the user can fix. The command line prints it as one line and exits with 2."""
+    """A mistake that the user can fix. The command line prints it on one line and exits with 2."""
 
 
 def require(condition, message):
@@ -69,27 +69,27 @@ def require(condition, message):
 
 
 def option(default, text, least=0, choices=()):
-    """A field of Options: its default, its line in --help, and what is allowed: numbers from least
-    on, or one of the choices."""
+    """A field of Options: its default, its line in --help, and its allowed values: one of choices,
+    or numbers that are at least `least`."""
     metadata = {"text": text, "least": least, "choices": choices}
     return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """All flags of the command line. Names and defaults are those of the released recipe.
+    """All flags of the command line. The recipe is the released one, by the same names.
 
     Raises BadInput if a value is not allowed.
     """
 
     model: str = option("ViT-B_16", "ViT-SIZE_PATCH, of size XS, Ti, S, B, L or H")
     pretrained: str = option("released", "released, none, or a checkpoint's file or address")
-    image_size: int = option(384, "side of the images in pixels; 0: the checkpoint's")
+    image_size: int = option(384, "side of the images in pixels; 0 keeps the checkpoint's")
     dtype: str = option(
-        "float32", "of activations: float32 or bfloat16", choices=("float32", "bfloat16")
+        "float32", "dtype of activations: float32 or bfloat16", choices=("float32", "bfloat16")
     )
     batch_size: int = option(512, "images in an update, over all devices", least=1)
-    accum_steps: int = option(8, "parts of a batch, processed one after another", least=1)
+    accum_steps: int = option(8, "micro-batches per update", least=1)
     total_steps: int = option(10_000, "number of updates", least=1)
     warmup_steps: int = option(500, "updates during which the learning rate rises")
     base_lr: float = option(0.03, "learning rate after the warm-up")
@@ -98,17 +98,17 @@ class Options:
     )
     grad_norm_clip: float = option(1.0, "maximum global norm of the gradients", least=1e-9)
     dropout: float = option(0.0, "dropout rate")
-    mixup_alpha: float = option(0.0, "blend images as Beta(alpha, alpha); 0: off")
+    mixup_alpha: float = option(0.0, "blend images by Beta(alpha, alpha); 0: off")
     augment: str = option(
         "inception", "inception (random crops and flips) or none", choices=("inception", "none")
     )
     seed: int = option(0, "random seed")
-    logdir: str = option("runs", "folder of the run; by default runs/DATA")
+    logdir: str = option("runs", "folder of the run; on the command line runs/DATA")
     data_dir: str = option("~/tensorflow_datasets", "folder of datasets and downloads")
     log_every: int = option(10, "updates between lines of progress", least=1)
     eval_every: int = option(100, "updates between evaluations, and checkpoints", least=1)
     eval_only: bool = option(False, "only evaluate the run, or --pretrained")
-    remat: bool = option(False, "trade computation for memory")
+    remat: bool = option(False, "recompute blocks to save memory")
     coordinator_address: str = option("", "HOST:PORT of the first host, or auto")
     num_processes: int = option(1, "number of hosts", least=1)
     process_id: int = option(0, "rank of this host, from 0")
@@ -130,7 +130,7 @@ class Options:
 
 # ---------------------------------------------------------------------------------------- 2. Model
 
-SIZES = {  # D, L, A and the width of the MLP: the paper, table 1; Ti and S: arXiv 2106.10270
+SIZES = {  # D, L, A, M: the paper, table 1; Ti and S: arXiv 2106.10270
     "XS": (64, 2, 4, 256),  # ours, to learn digits on a CPU
     "Ti": (192, 12, 3, 768),
     "S": (384, 12, 6, 1536),
@@ -142,8 +142,9 @@ init = jax.nn.initializers
 to_heads = init.xavier_uniform(in_axis=1, out_axis=(2, 3), batch_axis=0)
 from_heads = init.xavier_uniform(in_axis=(1, 2), out_axis=3, batch_axis=0)
 in_mlp = init.xavier_uniform(in_axis=1, out_axis=2, batch_axis=0)
-# All parameters: the name in the released checkpoints, the shape, the initial distribution. In a
-# checkpoint each block has its own arrays (encoderblock_0, ...); here they are stacked, [L, ...].
+# All parameters: the name in the released checkpoints, the shape, the initial distribution (None:
+# only loaded). In a checkpoint each block has its own arrays, encoderblock_0 and so on; here they
+# are stacked, [L, ...].
 PARAMETERS = {
     "embedding/kernel": ("PP3D", init.lecun_normal((0, 1, 2))),
     "embedding/bias": ("D", init.zeros),
@@ -177,7 +178,7 @@ PARAMETERS = {
 def linear(x, kernel, bias):
     """x @ kernel + bias: [..., I] -> [..., O], in the dtype of x.
 
-    Kernels and biases may be split into heads, [D, A, E] or [A, E, D]; they are used as [I, O].
+    The kernel may have more axes, such as [D, A, E] or [A, E, D] for heads; it is used as [I, O].
     """
     inputs = x.shape[-1]
     return x @ kernel.reshape(inputs, -1).astype(x.dtype) + bias.reshape(-1).astype(x.dtype)
@@ -223,8 +224,8 @@ def fused_attention(q, k, v, implementation="cudnn"):
     """
     b, n, _, _ = q.shape
     q, k, v = (jnp.pad(x, ((0, 0), (0, -n % 8), (0, 0), (0, 0))) for x in (q, k, v))
-    mask = {"key_value_seq_lengths": jnp.full(b, n, jnp.int32)}
-    return jax.nn.dot_product_attention(q, k, v, implementation=implementation, **mask)[:, :n]
+    real = {"key_value_seq_lengths": jnp.full(b, n, jnp.int32)}  # the others are masked
+    return jax.nn.dot_product_attention(q, k, v, implementation=implementation, **real)[:, :n]
 
 
 def attention(x, query, key, value, out, return_weights=False):
@@ -239,7 +240,7 @@ def attention(x, query, key, value, out, return_weights=False):
     q = linear(x, **query).reshape(b, n, heads, size)  # [B, N, D] -> [B, N, A, E]
     k = linear(x, **key).reshape(b, n, heads, size)
     v = linear(x, **value).reshape(b, n, heads, size)
-    on_nvidia = "NVIDIA" in jax.devices()[0].device_kind
+    on_nvidia = "NVIDIA" in jax.devices()[0].device_kind  # not a "Tesla T4", which is too old
     if on_nvidia and x.dtype == jnp.bfloat16 and not return_weights:
         y, weights = fused_attention(q, k, v), None
     else:
@@ -252,9 +253,10 @@ def attention(x, query, key, value, out, return_weights=False):
 
 
 def mlp(x, Dense_0, Dense_1, dropout_key=None, dropout_rate=0.0):
-    """Two linear layers with a GELU between them: [B, N, D] -> [B, N, 4D] -> [B, N, D].
+    """Two linear layers with a GELU between them: [B, N, D] -> [B, N, M] -> [B, N, D].
 
-    The GELU is its tanh approximation, as the released weights were trained with it.
+    The arguments are named as in PARAMETERS. GELU is its tanh approximation, with which the
+    released weights were trained.
     """
     x = jax.nn.gelu(linear(x, **Dense_0), approximate=True)
     return linear(dropout(x, dropout_key, dropout_rate), **Dense_1)
@@ -287,11 +289,11 @@ def forward(
     turns dropout on. With return_attention, the weights of all blocks, [L, B, A, N, N], are also
     returned. Raises TypeError if the number of patches does not fit the position embeddings.
 
-    For the gradient, JAX keeps what the forward pass computed. Here it keeps only the input of each
-    block and the outputs of linear layers. The rest is computed again in the backward pass: norms,
-    softmax and GELU, because that is cheaper than writing them to memory and reading them back, and
-    the two products of attention, because their results are large. With remat it keeps only the
-    input of each block, and computes the whole block again.
+    For the gradient, JAX keeps what the forward pass computed. In the blocks it keeps only their
+    inputs and the outputs of linear layers here. The backward pass computes the rest again: norms,
+    softmax, GELU and dropout masks, because that is cheaper than writing them to memory and reading
+    them back, and the attention (the fused kernel, too), because its weights are N x N. With remat
+    only the inputs of blocks are kept, and whole blocks are computed again.
     """
     encoder = params["Transformer"]
     blocks = encoder["encoderblock"]  # the arrays of all L blocks are stacked: [L, ...]
@@ -299,7 +301,7 @@ def forward(
     cls = jnp.repeat(params["cls"].astype(x.dtype), len(images), axis=0)  # [B, 1, D]
     x = jnp.concatenate([cls, x], axis=1)  # [B, N, D]
     x = x + encoder["posembed_input"]["pos_embedding"].astype(x.dtype)
-    first_key, block_keys = None, None  # None is a pytree without leaves: scan hands it on as it is
+    first_key, block_keys = None, None  # None is a pytree without leaves: scan passes it through
     if dropout_key is not None:
         keys = jax.random.split(dropout_key, 1 + len(blocks["LayerNorm_0"]["scale"]))
         first_key, block_keys = keys[0], keys[1:]  # [L]
@@ -309,9 +311,12 @@ def forward(
         block, block_key = block_and_key
         return encoder_block(x, block, block_key, dropout_rate, return_attention)
 
-    policies = jax.checkpoint_policies  # of what to keep: nothing, or the products with kernels
+    # Keep nothing inside a block, or the products with kernels: unlike those of attention, which go
+    # image by image and head by head, they have no batch dimensions. (prevent_cse=False: scan, says
+    # JAX's documentation, needs no protection from XLA merging the two computations.)
+    policies = jax.checkpoint_policies
     keep = policies.nothing_saveable if remat else policies.dots_with_no_batch_dims_saveable
-    apply_block = jax.checkpoint(apply_block, policy=keep, prevent_cse=False)  # as advised in scan
+    apply_block = jax.checkpoint(apply_block, policy=keep, prevent_cse=False)
     # scan applies it to slice after slice of the stacked blocks, carrying x along. A Python loop
     # would do the same, but XLA would have to compile every block by itself.
     x, weights = jax.lax.scan(apply_block, x, (blocks, block_keys))
@@ -361,7 +366,7 @@ def init_params(key, model, image_size, num_classes):
 
 
 def to_pixels(images, dtype=jnp.float32):
-    """uint8 [...] -> [-1, 1], which the released models want, in float32 or another dtype."""
+    """uint8 [...] -> [-1, 1], which the released models expect, in float32 or another dtype."""
     return ((images.astype(jnp.float32) - 127.5) / 127.5).astype(dtype)
 
 
@@ -371,16 +376,17 @@ def cross_entropy(logits, targets):
 
 
 def mixup(images, targets, share):
-    """Blends a batch with itself reversed as share : 1 - share (arXiv 1710.09412).
+    """share * batch + (1 - share) * reversed batch (arXiv 1710.09412).
 
     images [B, ...] and targets [B, K] are blended alike. Here B is what a device processes at a
-    time; it must be more than 1, or an image would only be blended with itself.
+    time; it must be more than 1, or an image would only be blended with itself. In training, one
+    share is drawn per update.
     """
     return tuple(share * x + (1 - share) * x[::-1] for x in (images, targets))
 
 
 def learning_rate(step, base_lr, total_steps, warmup_steps, decay_type="cosine"):
-    """The rate of update `step`, the first being 0, as the release has it: int [...] -> float32.
+    """The rate of update `step`, the first being 0, as in the release: int [...] -> float32.
 
     It rises linearly from 0 to base_lr, then falls as a cosine to 0 or linearly to 1e-5.
     """
@@ -393,7 +399,7 @@ def learning_rate(step, base_lr, total_steps, warmup_steps, decay_type="cosine")
 
 
 def clip_by_global_norm(grads, max_norm):
-    """Scales all gradients alike so that their common L2 norm is at most max_norm."""
+    """Scales all gradients by one factor so that their global L2 norm is at most max_norm."""
     norm = jnp.sqrt(sum(jnp.sum(g * g) for g in jax.tree.leaves(grads)))
     return jax.tree.map(lambda g: g * jnp.minimum(1, max_norm / norm), grads)
 
@@ -406,8 +412,9 @@ def sgd_init(params):
 def sgd_update(params, momentum, grads, rate, decay=0.9):
     """SGD with momentum, not Nesterov, without weight decay: returns new params and momentum.
 
-    As in the release, momentum is rounded to its dtype twice: after the decay and when the sum is
-    stored. (In a compiled function XLA may skip the first.) The sum and the update are float32.
+    As in the release, momentum is rounded to its dtype twice: decay * momentum is computed in it
+    (0.9 is 0.8984 in bfloat16), and the sum is stored in it. In a compiled function XLA may leave
+    out the first rounding. The sum itself and the update are float32.
     """
     decayed = jax.tree.map(lambda m: decay * m, momentum)
     total = jax.tree.map(jnp.add, decayed, grads)  # bfloat16 + float32 is float32
@@ -416,12 +423,11 @@ def sgd_update(params, momentum, grads, rate, decay=0.9):
     return params, momentum
 
 
-on_all_devices = functools.partial(
-    jax.pmap, axis_name="devices", in_axes=(None, 0, 0, None), out_axes=None
-)
+# How `pmap` runs the two functions below; the first of them explains it.
+ON_ALL_DEVICES = {"axis_name": "devices", "in_axes": (None, 0, 0, None), "out_axes": None}
 
 
-@functools.partial(on_all_devices, static_broadcasted_argnums=3, donate_argnums=0)
+@functools.partial(jax.pmap, **ON_ALL_DEVICES, static_broadcasted_argnums=3, donate_argnums=0)
 def train_step(state, images, labels, options):
     """One update, as each device runs it on its share of the batch: new state, loss, learning rate.
 
@@ -457,7 +463,7 @@ def train_step(state, images, labels, options):
         loss_and_grads = jax.value_and_grad(loss_of)(params, *part)
         return jax.tree.map(jnp.add, total, loss_and_grads), None
 
-    zeros = 0.0, jax.tree.map(jnp.zeros_like, params)
+    zeros = (0.0, jax.tree.map(jnp.zeros_like, params))  # loss and gradients
     (loss, grads), _ = jax.lax.scan(accumulate, zeros, (images, labels, dropout_keys))
     if jax.device_count() > 1:  # on one device it would only copy them (5 % of a step)
         loss, grads = jax.lax.pmean((loss, grads), "devices")
@@ -468,9 +474,9 @@ def train_step(state, images, labels, options):
     return {"params": params, "momentum": momentum, "step": state["step"] + 1}, loss, rate
 
 
-@functools.partial(on_all_devices, static_broadcasted_argnums=3)
+@functools.partial(jax.pmap, **ON_ALL_DEVICES, static_broadcasted_argnums=3)
 def eval_step(params, images, labels, dtype):
-    """How many images are classified as labelled, over all devices: int32 [].
+    """The number of correctly classified images, over all devices: int32 [].
 
     Like `train_step`, it is called with an axis of devices: images uint8 [devices, B, H, W, 3] and
     labels [devices, B].
@@ -493,8 +499,8 @@ def to_array(image, size, box=None):
 def inception_crop(rng, width, height):
     """A random box (left, upper, right, lower) in pixels, as TensorFlow draws it for the release.
 
-    First the aspect ratio is drawn, from 3/4 to 4/3, then the height: from that of 5 % of the area
-    to the largest that fits.
+    First the aspect ratio is drawn, from 3/4 to 4/3, then the height, between that of a box with
+    5 % of the area and the largest that fits.
     """
     aspect = rng.uniform(3 / 4, 4 / 3)
     largest = min(height, width / aspect)
@@ -516,12 +522,12 @@ def training_example(data, options, image_size, index):
 
     data: see `train`. Returns (uint8 [image_size, image_size, 3], label), which depend on nothing
     but the arguments: a resumed run, even on other devices, sees the examples that it would have
-    seen anyway. Raises BadInput for a label that is not a class.
+    seen anyway. Raises BadInput for a label not from 0 to K - 1.
     """
     epoch, place = divmod(index, len(data["train"]))
     item = data["train"][epoch_order(options.seed, epoch, len(data["train"]))[place]]
     image, label = data["read"](item)
-    require(0 <= label < len(data["classes"]), f"the dataset has a label, {label}, without a class")
+    require(0 <= label < len(data["classes"]), f"the label {label} is not that of a class")
     if options.augment == "none":
         return to_array(image, image_size), label
     rng = np.random.default_rng([options.seed, CROPS, index])
@@ -591,14 +597,14 @@ def duration(seconds):
 
 
 def evaluate(params, data, options):
-    """The share of the test images whose likeliest class is their label, each counted once.
+    """Top-1 accuracy on the test images, from 0 to 1; each image counts once.
 
     data: see `train`. Reports progress every ten seconds.
     """
     count, size, devices = len(data["test"]), image_size_of(params), jax.device_count()
 
     def example(i):
-        if i >= count:  # fills up the last batch; -1 is never guessed
+        if i >= count:  # fills the last batch; -1 is never guessed
             return np.zeros((size, size, 3), np.uint8), -1
         image, label = data["read"](data["test"][i])
         return to_array(image, size), label
@@ -621,8 +627,9 @@ def evaluate(params, data, options):
 def progress(options, first):
     """A function of (step, loss, learning rate) that prints a line and returns images per second.
 
-    first: the number of updates done before. Speed and time left are means since the first update,
-    after which everything is compiled, evaluations included. Raises BadInput for an infinite loss.
+    first: the number of updates done before. Speed and time left are averages since the end of the
+    first update, which includes compilation; they count evaluations. Raises BadInput if the loss is
+    not finite.
     """
     start_time, start_step = time.perf_counter(), first
 
@@ -639,10 +646,8 @@ def progress(options, first):
         else:
             say(f"{line}  {options.batch_size / seconds:.1f} images/s  {duration(left)} left")
         if step == first + 2 and left > 3600 and jax.default_backend() == "cpu":
-            say(
-                "no GPU or TPU was found; for an NVIDIA GPU run: pip install 'jax[cuda13]'; without"
-            )
-            say("one, try --model=ViT-Ti_16 --image_size=224 --total_steps=500 --warmup_steps=50")
+            say("no GPU or TPU was found; for an NVIDIA GPU run: pip install 'jax[cuda13]'")
+            say("for a CPU: --model=ViT-Ti_16 --image_size=224 --total_steps=500 --warmup_steps=50")
         return options.batch_size / seconds
 
     return report
@@ -655,13 +660,14 @@ def train(options, data):
     function that turns an item into (Pillow image in RGB, label from 0 to K - 1). Writes
     first_batch.png, metrics.csv and, after each evaluation, checkpoint.npz to options.logdir.
 
-    Stop it however you like: Ctrl-C, kill, a power cut. There is one way to start: from
-    checkpoint.npz if there is one. So the same call resumes after the last evaluation and, on the
-    same devices, ends with the same bits as a run that was never stopped. Raises BadInput.
+    Stop it however you like: Ctrl-C, kill, a power cut. Starting and resuming are the same call: it
+    continues from checkpoint.npz if that exists, so that only updates since the last evaluation are
+    done again. With the same options, devices and versions it ends with the same bits as a run that
+    was never stopped (checked on CPUs). Raises BadInput.
     """
     places = host_places(options.batch_size, options.accum_steps)  # [devices, accum_steps, images]
     enough = places.shape[-1] > 1 or not options.mixup_alpha
-    require(enough, f"--mixup_alpha has nothing to blend: --accum_steps={options.accum_steps}")
+    require(enough, "--mixup_alpha needs two images at a time on each device: lower --accum_steps")
     state, run = start_or_resume(options, data)
     first, size = int(state["step"]), image_size_of(state["params"])
     example = functools.partial(training_example, data, options, size)
@@ -706,9 +712,9 @@ def train(options, data):
 
 @contextlib.contextmanager
 def atomic_write(path):
-    """Opens a file for writing that appears under its name only when it is completely on the disk.
+    """A file opened for writing that appears under its name only once it is safely on the disk.
 
-    Until then it has another name, which no other process uses, and an exception removes it.
+    Until then it has another name, which no other process uses. An exception removes it.
     """
     partial = Path(f"{path}.{platform.node()}.{os.getpid()}.partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
@@ -723,10 +729,11 @@ def atomic_write(path):
 
 
 def fetch(urls, options, read):
-    """Downloads a file from the first of several addresses that has it; returns read(its path).
+    """Downloads a file from the first of several addresses that works; returns read(its path).
 
-    The file is kept for the next time, under a name derived from the first address, but only if
-    read accepts it. Raises BadInput if every address fails or is silent for a minute.
+    The file is kept for the next time, under a name derived from the first address. read is called
+    while it is still partial: if read raises something, nothing is kept. Raises BadInput if every
+    address fails or times out (after 60 seconds).
     """
     digest = hashlib.sha256(urls[0].encode()).hexdigest()[:8]
     path = Path(options.data_dir, "downloads", f"{digest}-{Path(urls[0]).name}").expanduser()
@@ -740,32 +747,46 @@ def fetch(urls, options, read):
                 while chunk := reply.read(64 << 20):
                     file.write(chunk)
                     say(f"fetching {url}: {file.tell() >> 20} of {size >> 20} MiB")
-                file.flush()
+                file.flush()  # for read, which opens it again
                 require(file.tell() >= size, f"it was cut off after {file.tell()} bytes")
                 content = read(file.name)
             return content
         except (OSError, http.client.HTTPException, BadInput) as error:
             failures.append(f"{url} ({error})")
             say(f"cannot fetch {failures[-1]}")
-    raise BadInput(f"cannot fetch {', nor '.join(failures)}: you can put the file at {path}")
+    raise BadInput(f"cannot fetch {' or '.join(failures)}; download it yourself to {path}")
 
 
 # -------------------------------------------------------------------------------- 7. Checkpoints
 
 BUCKET = "https://storage.googleapis.com/vit_models/"
 HUB = "https://huggingface.co/timm/"
-RELEASED = {  # by --model: a file in the bucket; the training of timm's fine-tuned copy, see below
-    "ViT-Ti_16": ("augreg/Ti_16-i21k-300ep-lr_0.001-aug_none-wd_0.03-do_0.0-sd_0.0", "augreg"),
-    "ViT-S_32": ("augreg/S_32-i21k-300ep-lr_0.001-aug_light1-wd_0.03-do_0.0-sd_0.0", "augreg"),
-    "ViT-S_16": ("augreg/S_16-i21k-300ep-lr_0.001-aug_light1-wd_0.03-do_0.0-sd_0.0", "augreg"),
-    "ViT-B_32": ("imagenet21k/ViT-B_32", "augreg"),
-    "ViT-B_16": ("imagenet21k/ViT-B_16", "orig"),
-    "ViT-B_8": ("augreg/B_8-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.0-sd_0.0", None),
-    "ViT-L_32": ("imagenet21k/ViT-L_32", "orig"),
-    "ViT-L_16": ("imagenet21k/ViT-L_16", "augreg"),
-    "ViT-H_14": ("imagenet21k/ViT-H_14", None),
+TI_16 = "augreg/Ti_16-i21k-300ep-lr_0.001-aug_none-wd_0.03-do_0.0-sd_0.0"  # arXiv 2106.10270
+S_32 = "augreg/S_32-i21k-300ep-lr_0.001-aug_light1-wd_0.03-do_0.0-sd_0.0"
+S_16 = "augreg/S_16-i21k-300ep-lr_0.001-aug_light1-wd_0.03-do_0.0-sd_0.0"
+B_8 = "augreg/B_8-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.0-sd_0.0"
+ON_IMAGENET = "--imagenet2012-steps_20k-lr_0.03-res_384"
+PRE_TRAINED = {  # on ImageNet-21k: the file in the bucket, and timm's copy of it on the hub
+    "ViT-Ti_16": (TI_16, "vit_tiny_patch16_224.augreg_in21k"),
+    "ViT-S_32": (S_32, "vit_small_patch32_224.augreg_in21k"),
+    "ViT-S_16": (S_16, "vit_small_patch16_224.augreg_in21k"),
+    "ViT-B_32": ("imagenet21k/ViT-B_32", "vit_base_patch32_224.orig_in21k"),
+    "ViT-B_16": ("imagenet21k/ViT-B_16", "vit_base_patch16_224.orig_in21k"),
+    "ViT-B_8": (B_8, "vit_base_patch8_224.augreg_in21k"),
+    "ViT-L_32": ("imagenet21k/ViT-L_32", "vit_large_patch32_224.orig_in21k"),
+    "ViT-L_16": ("imagenet21k/ViT-L_16", "vit_large_patch16_224.orig_in21k"),
+    "ViT-H_14": ("imagenet21k/ViT-H_14", "vit_huge_patch14_224.orig_in21k"),
 }
-NEWER_FLAX = {  # files saved by newer Flax code count and nest differently
+FINE_TUNED = {  # on ImageNet at 384 pixels; of B_32 and L_16 timm has another training only
+    "ViT-Ti_16": (TI_16 + ON_IMAGENET, "vit_tiny_patch16_384.augreg_in21k_ft_in1k"),
+    "ViT-S_32": (S_32 + ON_IMAGENET, "vit_small_patch32_384.augreg_in21k_ft_in1k"),
+    "ViT-S_16": (S_16 + ON_IMAGENET, "vit_small_patch16_384.augreg_in21k_ft_in1k"),
+    "ViT-B_32": ("imagenet21k+imagenet2012/ViT-B_32", "vit_base_patch32_384.augreg_in21k_ft_in1k"),
+    "ViT-B_16": ("imagenet21k+imagenet2012/ViT-B_16", "vit_base_patch16_384.orig_in21k_ft_in1k"),
+    "ViT-L_32": ("imagenet21k+imagenet2012/ViT-L_32", "vit_large_patch32_384.orig_in21k_ft_in1k"),
+    "ViT-L_16": ("imagenet21k+imagenet2012/ViT-L_16", "vit_large_patch16_384.augreg_in21k_ft_in1k"),
+}
+NEWER_FLAX = {  # files saved by newer Flax code number and nest layers differently
     "opt/target/": "",
     "params/": "",
     "MultiHeadDotProductAttention_0/": "MultiHeadDotProductAttention_1/",
@@ -796,33 +817,12 @@ TIMM = {  # names in timm's files; those of a block come after blocks.0. and so 
 }
 
 
-def released_addresses(model, fine_tuned):
-    """The addresses of a released checkpoint: in the authors' bucket, and of timm's copy of it.
-
-    It is pre-trained on ImageNet-21k or, fine_tuned, knows ImageNet's classes at 384 pixels. It is
-    the paper's ("orig") or, for the sizes that came later, that of arXiv 2106.10270 ("augreg"). Of
-    B_32 and L_16 fine-tuned timm has only the latter. Raises BadInput if there is none.
-    """
-    released = [name for name in RELEASED if RELEASED[name][1] or not fine_tuned]
-    require(model in released, f"--model={model} is not released, only {', '.join(released)}")
-    file, training_of_fine_tuned = RELEASED[model]
-    training = "augreg" if file.startswith("augreg") else "orig"
-    size, patch = model.removeprefix("ViT-").split("_")
-    size = {"Ti": "tiny", "S": "small", "B": "base", "L": "large", "H": "huge"}[size]
-    name = f"vit_{size}_patch{patch}_224.{training}_in21k"
-    if fine_tuned:
-        name = f"vit_{size}_patch{patch}_384.{training_of_fine_tuned}_in21k_ft_in1k"
-        file = file.replace("imagenet21k", "imagenet21k+imagenet2012")
-        file += "--imagenet2012-steps_20k-lr_0.03-res_384" if training == "augreg" else ""
-    return [f"{BUCKET}{file}.npz", f"{HUB}{name}/resolve/main/model.safetensors"]
-
-
 def read_safetensors(path):
     """{name: float32 array} of a .safetensors file that holds F32, F16 or BF16.
 
     Eight bytes give the length of the header; the header, JSON, says which bytes are which array.
-    It is accepted only if the arrays follow each other without a gap to the end of the file;
-    otherwise, and for other damage, one of several kinds of exceptions is raised.
+    It is accepted only if the arrays follow each other without a gap to the end of the file. Damage
+    raises one of many types of exceptions.
     """
     dtypes = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
     data = np.fromfile(path, np.uint8)
@@ -843,9 +843,9 @@ def read_safetensors(path):
 def from_timm(arrays, model):
     """{name in timm: array} -> {released name: array}, each in the shape of the release.
 
-    Query, key and value are one matrix in timm, and nothing tells the number of heads: it is that
-    of model if its width is the file's; otherwise heads have 64 numbers (80 at width 1280), as in
-    all of timm's own. A name that is not in TIMM stays as it is, for `to_params` to refuse.
+    Query, key and value are one matrix in timm, and the file does not say how many heads they have:
+    it is the number of model if the widths agree, otherwise D/64 (D/80 at width 1280), as for all
+    of timm's own models. A name that is not in TIMM stays as it is, for `to_params` to refuse.
 
     The released weights, and timm's copies of them, were trained with the tanh form of GELU, as in
     `mlp`; DeiT, DINO and others of timm's with the exact one, which shifts their logits a little.
@@ -889,7 +889,7 @@ def read_arrays(path, model="ViT-B_16"):
             require(len({*file.files}) == len(file.files), "it has two arrays of one name")
             require(any(name.endswith("head/bias") for name in file.files), "it has no head")
             return {name: np.asarray(file[name]) for name in file.files}
-    except Exception as error:  # damaged bytes make zipfile, zlib, NumPy, json raise a dozen kinds
+    except Exception as error:  # damaged bytes raise a dozen types in zipfile, zlib, NumPy, json
         what = f"{path}, beginning with {start}, cannot be read as .npz or timm's .safetensors"
         raise BadInput(f"{what} ({str(error)[:200]})") from error
 
@@ -914,7 +914,7 @@ def to_released(params):
 def to_params(arrays, source):
     """{released name: array} -> params, a nested dict of float32 NumPy arrays.
 
-    A head may be missing; what our checkpoints hold beside params is left out. Raises BadInput,
+    A head may be missing; what our checkpoints hold besides params is ignored. Raises BadInput,
     naming source, for an array that is missing, unknown, of another shape, or not finite.
     """
     found = {}
@@ -926,7 +926,7 @@ def to_params(arrays, source):
     layers = {name.split("/")[0] for name in found}
     depth = sum(name.endswith("/LayerNorm_0/bias") for name in found)
     require(depth, f"{source} is not a Vision Transformer: it has no blocks")
-    sizes, params = {"1": 1, "3": 3}, {}  # each size is that of the first array that has it
+    sizes, params = {"1": 1, "3": 3}, {}  # a letter gets its size from the first array that has it
 
     def take(name, letters):
         require(name in found, f"{source} has no {name}")
@@ -935,7 +935,7 @@ def to_params(arrays, source):
             sizes.setdefault(letter, size)
         shape = tuple(sizes.get(letter) for letter in letters)
         require(array.shape == shape, f"{source}: {name} has the shape {array.shape}, not {shape}")
-        finite = array.size and array.dtype.kind == "f" and abs(array).max() < 3e38
+        finite = array.size and array.dtype.kind == "f" and abs(array).max() < 3e38  # of float32
         require(finite, f"{source}: {name} holds values other than finite numbers")
         return array.astype(np.float32)
 
@@ -960,27 +960,39 @@ def load_checkpoint(path, model="ViT-B_16"):
     return to_params(read_arrays(path, model), path)
 
 
-def load_pretrained(options, fine_tuned=False):
-    """What --pretrained names: params, and the class names that the file has, or None.
+def load_pretrained(options, released=PRE_TRAINED):
+    """The checkpoint that --pretrained names: params, and its class names, or None if it has none.
 
-    fine_tuned: "released" means the checkpoint that knows ImageNet's classes. Raises BadInput.
+    released: the table in which "released" is looked up. Raises BadInput.
     """
+    path, model = options.pretrained, options.model
 
     def read(path):
-        arrays = read_arrays(path, options.model)
-        return to_params(arrays, path), arrays.get("class_names")
+        arrays = read_arrays(path, model)
+        params, names = to_params(arrays, path), arrays.get("class_names")
+        if model != Options.model:  # it was named, so it should be that of the file
+            sizes, (patch, _, _, d) = model_sizes(model), params["embedding"]["kernel"].shape
+            fits = (patch, d) == (sizes["P"], sizes["D"])
+            require(fits, f"--model={model} is not in {path}: patches of {patch}, width {d}")
+        count = params["head"]["bias"].size if "head" in params else 0
+        fits = names is None or len(names) == count
+        require(fits, f"{path} has class_names, but not for each of its {count} classes")
+        return params, names
 
-    if options.pretrained == "released":
-        return fetch(released_addresses(options.model, fine_tuned), options, read)
-    if options.pretrained.startswith(("http://", "https://")):
-        return fetch([options.pretrained], options, read)
-    return read(os.path.expanduser(options.pretrained))
+    if path == "released":
+        require(model in released, f"--model={model} is not released, only {', '.join(released)}")
+        file, name = released[model]
+        urls = [f"{BUCKET}{file}.npz", f"{HUB}{name}/resolve/main/model.safetensors"]
+        return fetch(urls, options, read)
+    if path.startswith(("http://", "https://")):
+        return fetch([path], options, read)
+    return read(os.path.expanduser(path))
 
 
 def save_checkpoint(path, params, **more):
     """Writes params, and more arrays, to an .npz under the released names, whole or not at all.
 
-    Raises BadInput where a parameter is not finite, and OSError where the disk refuses.
+    Raises BadInput if a parameter is not finite, and OSError if writing fails.
     """
     params = jax.device_get(params)
     finite = all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
@@ -1012,14 +1024,15 @@ def image_size_of(params):
 def adapt(params, image_size, num_classes=None):
     """Params for images of image_size pixels (paper, section 3.2); 0 or None: as they are.
 
-    With num_classes they are prepared for fine-tuning: pre_logits goes, the head is all zeros.
-    Raises BadInput where patches do not fill an image; only the default, 384, is rounded down.
+    With num_classes they are prepared for fine-tuning: pre_logits is dropped, the head is set to
+    zeros. Raises BadInput if patches do not fill an image. Only the default, 384, is rounded down, for
+    example to 378 for ViT-H_14.
     """
     encoder = dict(params["Transformer"])
     patch, _, _, d = params["embedding"]["kernel"].shape
     image_size = image_size or image_size_of(params)
     grid = image_size // patch
-    fits = grid and image_size in (grid * patch, Options.image_size)
+    fits = grid and (image_size % patch == 0 or image_size == Options.image_size)
     require(fits, f"--image_size={image_size} is not a multiple of the patch size, {patch}")
     embeddings = encoder["posembed_input"]["pos_embedding"]
     encoder["posembed_input"] = {"pos_embedding": resize_position_embeddings(embeddings, grid)}
@@ -1033,17 +1046,16 @@ def adapt(params, image_size, num_classes=None):
 
 # ---------------------------------------------------------------------- 8. Runs, devices and hosts
 
-# Options with which a run may resume though it began with others:
-FREE = ("accum_steps", "remat", "log_every", "eval_every", "eval_only", "logdir", "data_dir")
-MAY_CHANGE = (*FREE, "coordinator_address", "num_processes", "process_id")
+OF_EACH_HOST = ("coordinator_address", "num_processes", "process_id", "logdir", "data_dir")
+MAY_CHANGE = (*OF_EACH_HOST, "accum_steps", "remat", "log_every", "eval_every", "eval_only")
 
 
 def start_or_resume(options, data):
     """The state to continue from, on all devices, and the run: a dict of its "identity" and of the
     "rows" of metrics.csv so far.
 
-    Resumes from checkpoint.npz in options.logdir if that is of the same run; if there is none,
-    starts from what options.pretrained names. Raises BadInput.
+    Resumes from checkpoint.npz in options.logdir, which must be of the same run and seen by all
+    hosts. If there is none, starts from what options.pretrained names. Raises BadInput.
     """
     path, identity = f"{options.logdir}/checkpoint.npz", identity_of(options, data)
     if os.path.exists(path):
@@ -1055,7 +1067,7 @@ def start_or_resume(options, data):
             change = f"{path} is of another run: its {name} was {was}, not {value}"
             require(was == value, f"{change}; choose another --logdir")
         params = to_params(arrays, path)
-        leaves, tree = jax.tree.flatten(jax.eval_shape(sgd_init, params))  # shapes and dtypes only
+        leaves, tree = jax.tree.flatten(jax.eval_shape(sgd_init, params))  # for tree and dtypes
         momentum = tree.unflatten(
             arrays[f"train/momentum_{i}"].astype(leaf.dtype) for i, leaf in enumerate(leaves)
         )
@@ -1065,13 +1077,18 @@ def start_or_resume(options, data):
     same_on_all_hosts(vars(options) | identity | {"step of checkpoint.npz": step})
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     say(f"{options.logdir}: step {step} of {options.total_steps}, on {devices}")
-    size = image_size_of(params)
-    say(f"compiling an update of {options.batch_size} images of {size} x {size} pixels ...")
+    if step < options.total_steps:
+        size = image_size_of(params)
+        say(f"compiling an update of {options.batch_size} images of {size} x {size} pixels ...")
     return replicate({"params": params, "momentum": momentum, "step": np.int32(step)}), run
 
 
 def identity_of(options, data):
-    """What a run is, by name. It can be resumed only if none of this has changed."""
+    """What defines a run, by name. It can be resumed only if none of this has changed.
+
+    The options of MAY_CHANGE are not part of it, though with another accum_steps the last bits, the
+    masks of dropout and the partners of mixup change.
+    """
     identity = {name: value for name, value in vars(options).items() if name not in MAY_CHANGE}
     identity |= {"data": data.get("name"), "classes": [*data["classes"]]}
     counts = {f"number of {split} images": len(data[split]) for split in ("train", "test")}
@@ -1081,9 +1098,9 @@ def identity_of(options, data):
 def initial_params(options, num_classes):
     """What a run starts from: what --pretrained names, or random params. Raises BadInput."""
     if options.pretrained == "none":
-        init = jax.jit(init_params, static_argnums=(1, 2, 3))  # compiled in one piece
+        compiled = jax.jit(init_params, static_argnums=(1, 2, 3))  # in one piece
         key = jax.random.key(options.seed)
-        params = jax.device_get(init(key, options.model, options.image_size, num_classes))
+        params = jax.device_get(compiled(key, options.model, options.image_size, num_classes))
     else:
         params, _ = load_pretrained(options)
     return adapt(params, options.image_size, num_classes)
@@ -1100,13 +1117,13 @@ def save_run(options, run, state):
 
 
 def replicate(tree):
-    """Copies arrays to all devices of all hosts, where pmap's in_axes=None finds them in place."""
+    """Copies arrays to all devices of all hosts, so that pmap does not copy them in each call."""
     mesh = jax.sharding.Mesh(jax.devices(), "devices")
     return jax.device_put(tree, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
 
 
 def join_hosts(options):
-    """Connects all hosts, for which it waits up to five minutes. Raises BadInput.
+    """Connects all hosts, waiting up to five minutes for them. Raises BadInput.
 
     From then on JAX terminates every host if one exits, or is silent for 100 seconds.
     """
@@ -1114,7 +1131,7 @@ def join_hosts(options):
     fits = re.fullmatch(r"auto|.+:\d+", address)
     require(fits, f"--coordinator_address={address!r} must be HOST:PORT of the first host, or auto")
     print(f"waiting for all hosts at {address}, five minutes at most", flush=True)
-    jax.config.update("jax_enable_preemption_service", False)  # it would hold back SIGTERM
+    jax.config.update("jax_enable_preemption_service", False)  # it catches SIGTERM
     known = () if address == "auto" else (address, options.num_processes, options.process_id)
     patience = {"heartbeat_timeout_seconds": 100, "shutdown_timeout_seconds": 60}
     jax.distributed.initialize(*known, initialization_timeout=300, **patience)
@@ -1124,7 +1141,7 @@ def join_hosts(options):
 
 def same_on_all_hosts(values):
     """Raises BadInput, on every host, naming which of the values differ between hosts."""
-    names = [name for name in values if name not in ("process_id", "logdir", "data_dir")]
+    names = [name for name in values if name not in OF_EACH_HOST]
     digests = np.uint32([zlib.crc32(repr(values[name]).encode()) for name in names])
     for name, column in zip(names, multihost_utils.process_allgather(digests).T, strict=True):
         require(len({*column.tolist()}) == 1, f"the hosts differ in {name}, here {values[name]}")
@@ -1132,7 +1149,7 @@ def same_on_all_hosts(values):
 
 # ------------------------------------------------------------------------------------- 9. Datasets
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # Pillow starts no program for them
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # which Pillow decodes itself
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 KRIZ = "https://www.cs.toronto.edu/~kriz/"
 CIFAR = {  # SHA-256 of the authors' archives
@@ -1158,39 +1175,41 @@ def decode(file, name):
             require(image.mode[0] not in "FI", "save it with 8 bits per channel")
             image = ImageOps.exif_transpose(image)
             return image.convert("RGBA" if "transparency" in image.info else "RGB").convert("RGB")
-    except Exception as error:  # damaged bytes make Pillow's decoders raise a dozen kinds
+    except Exception as error:  # damaged bytes raise a dozen types in Pillow's decoders
         raise BadInput(f"cannot read the image {name} ({error})") from error
 
 
 def cifar(name, options):
-    """CIFAR-10 or CIFAR-100, with 98 % of the training images, as the release.
+    """CIFAR-10 or CIFAR-100, with 98 % of the training images, as in the release.
 
-    A record is a label (in CIFAR-100 a coarse and a fine one), then 32 x 32 bytes of red, of green
-    and of blue. Raises BadInput.
+    A record is a label byte (in CIFAR-100 a coarse and a fine one), then 32 x 32 bytes of red, of
+    green and of blue. Raises BadInput.
     """
     url = f"{KRIZ}{name.replace('cifar', 'cifar-')}-binary.tar.gz"
-    names, labels = ("batches.meta.txt", 1) if name == "cifar10" else ("fine_label_names.txt", 2)
+    label_bytes = 1 if name == "cifar10" else 2
 
     def read_archive(path):
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        require(digest == CIFAR[name], f"{path} is damaged, by its SHA-256: delete it")
+        require(digest == CIFAR[name], f"{path} is damaged: its SHA-256 is wrong; delete it")
         with tarfile.open(path) as archive:
             members = [member for member in archive if member.isfile()]
             return {Path(x.name).name: archive.extractfile(x).read() for x in members}
 
-    def records(*starts):
+    files = fetch([url], options, read_archive)
+
+    def records(*starts):  # of the files whose names start so: uint8 [n, label_bytes + 3072]
         parts = [files[file] for file in sorted(files) if file.startswith(starts)]
-        return np.frombuffer(b"".join(parts), np.uint8).reshape(-1, labels + 3072)
+        return np.frombuffer(b"".join(parts), np.uint8).reshape(-1, label_bytes + 3072)
 
     def read(record):
-        pixels = record[labels:].reshape(3, 32, 32).transpose(1, 2, 0)
-        return Image.fromarray(np.ascontiguousarray(pixels)), int(record[labels - 1])
+        pixels = record[label_bytes:].reshape(3, 32, 32).transpose(1, 2, 0)
+        return Image.fromarray(np.ascontiguousarray(pixels)), int(record[label_bytes - 1])
 
-    files = fetch([url], options, read_archive)
-    train, classes = records("data_batch", "train"), files[names].decode().split()
+    train, test = records("data_batch", "train"), records("test")
     train = train[: round(0.98 * len(train))]
-    return {"classes": classes, "train": train, "test": records("test"), "read": read}
+    names = files["batches.meta.txt" if name == "cifar10" else "fine_label_names.txt"]
+    return {"classes": names.decode().split(), "train": train, "test": test, "read": read}
 
 
 def image_folder(root):
@@ -1212,9 +1231,11 @@ def image_folder(root):
         images = find(".")
         train, test = [x for i, x in enumerate(images) if i % 10], images[::10]
     classes, tested = (sorted({name for name, _ in items}) for items in (train, test))
-    expected = f"{root} must hold {{train,test}}/CLASS/*.jpg or CLASS/*.jpg (png, webp, ...)"
-    got = f"two or more classes, not {classes[:9]} for training, {tested[:9]} for testing"
-    require(len(classes) > 1 and tested and {*tested} <= {*classes}, f"{expected} of {got}")
+    require(
+        len(classes) > 1 and tested and {*tested} <= {*classes},
+        f"{root} needs two or more classes, in {{train,test}}/CLASS/*.jpg (png, webp, ...) or in "
+        f"CLASS/*.jpg, but has {classes[:9]} for training and {tested[:9]} for testing",
+    )
     return {"classes": classes, "train": train, "test": test, "read": read}
 
 
@@ -1225,12 +1246,12 @@ def tfds_dataset(name, options):
     """
     import tensorflow_datasets as tfds  # only here: importing it takes longer than JAX
 
-    logging.getLogger("absl").setLevel(logging.ERROR)  # which warns of folders that TFDS makes
+    logging.getLogger("absl").setLevel(logging.ERROR)  # it warns of folders that TFDS itself made
     where = {"data_dir": os.path.expanduser(options.data_dir), "file_format": "array_record"}
     try:
         builder = tfds.builder(name, **where)
     except (ValueError, AssertionError) as error:
-        why = " ".join(re.findall("^.*|Did you mean.*", str(error)))
+        why = " ".join(re.findall("^.*|Did you mean.*", str(error)))  # first line, and TFDS's guess
         raise BadInput(f"{name} is not a file, a folder or a dataset: {why}") from error
     command = f"import tensorflow_datasets as t; t.builder('{name}', **{where})"
     ready = builder.is_prepared() or importlib.util.find_spec("tensorflow")
@@ -1241,7 +1262,7 @@ def tfds_dataset(name, options):
         builder.download_and_prepare()  # does nothing if it is prepared
     except AssertionError as error:  # ImageNet's archives, for example, must be put there by hand
         raise BadInput(f"cannot prepare {name}: {error}") from error
-    features = builder.info.features
+    features = dict(builder.info.features)
     classes = getattr(features.get("label"), "names", None)
     require(classes and "image" in features, f"{name} is not for image classification")
 
@@ -1252,10 +1273,10 @@ def tfds_dataset(name, options):
         return decode(io.BytesIO(example["image"]), f"in {name}"), int(example["label"])
 
     train, test = "train[:90%]", "train[90%:]"
-    for split in ("validation", "test"):  # the test split, if its images have labels
+    for split in ("validation", "test"):  # preferably test, but only if its images have labels
         if split in builder.info.splits and source(split)[0]["label"] >= 0:
             train, test = "train", split
-    if builder.name == "imagenet2012":  # as the release
+    if builder.name == "imagenet2012":  # as in the release
         train = "train[:99%]"
     return {"classes": classes, "train": source(train), "test": source(test), "read": read}
 
@@ -1294,8 +1315,8 @@ def attention_rollout(weights):
 
 def classify(options, photos):
     """Prints the five likeliest classes of each photo and writes PHOTO-attention.png: the photo,
-    and the photo lit by where the class token looks. Raises BadInput."""
-    params, names = load_pretrained(options, fine_tuned=True)
+    and the photo brightened where the class token looks. Raises BadInput."""
+    params, names = load_pretrained(options, FINE_TUNED)
     require("head" in params, f"{options.pretrained} has no head: fine-tune it first")
     if names is None and params["head"]["bias"].size == 1000:
         from tensorflow_datasets.datasets.siscore import labels
@@ -1319,7 +1340,7 @@ def classify(options, photos):
 
 # -------------------------------------------------------------------------------- 11. Command line
 
-PRESETS = {  # what a dataset has instead of the defaults
+PRESETS = {  # defaults of some datasets
     "digits": {
         "model": "ViT-XS_8",
         "pretrained": "none",
@@ -1354,21 +1375,20 @@ def parse_options(argv):
     require(photos or len(paths) == 1, f"of {' '.join(paths)}, not all are image files")
     default = f"runs/{paths[0].strip('./').replace('/', '-')}"
     flags["logdir"] = os.path.expanduser(flags.get("logdir", default))
-    preset = PRESETS.get(paths[0], {})
-    if photos:
-        preset = {"image_size": 0}  # the checkpoint's
-    elif "eval_only" in flags:
-        preset = {"image_size": 0, "pretrained": f"{flags['logdir']}/checkpoint.npz"}
+    preset = dict(PRESETS.get(paths[0], {}))
+    if photos or "eval_only" in flags:
+        preset["image_size"] = 0  # the checkpoint's
+    if "eval_only" in flags and not photos:
+        preset["pretrained"] = f"{flags['logdir']}/checkpoint.npz"
     return paths, Options(**(preset | flags))
 
 
 def evaluate_only(options, data):
     """Evaluates what --pretrained names. Raises BadInput if its classes are not those of data."""
-    params, names = load_pretrained(options, fine_tuned=True)
+    params, names = load_pretrained(options, FINE_TUNED)
     count = params["head"]["bias"].size if "head" in params else 0
-    require(count == len(data["classes"]), f"{options.pretrained} knows {count} classes, not these")
-    same = names is None or [*names] == [*data["classes"]]
-    require(same, f"{options.pretrained} knows other classes than {data['name']}")
+    same = count == len(data["classes"]) and (names is None or [*names] == [*data["classes"]])
+    require(same, f"{options.pretrained} has other classes than {data['name']}, or no head")
     same_on_all_hosts(vars(options) | identity_of(options, data))
     evaluate(replicate(adapt(params, options.image_size)), data, options)
 
