@@ -1024,9 +1024,9 @@ def image_size_of(params):
 def adapt(params, image_size, num_classes=None):
     """Params for images of image_size pixels (paper, section 3.2); 0 or None: as they are.
 
-    With num_classes they are prepared for fine-tuning: pre_logits is dropped, the head is set to
-    zeros. Raises BadInput if patches do not fill an image. Only the default, 384, is rounded down, for
-    example to 378 for ViT-H_14.
+    With num_classes they are prepared for fine-tuning: pre_logits is dropped, the head is all
+    zeros. Raises BadInput if patches do not fill an image. Only the default, 384, is rounded down,
+    for example to 378 for ViT-H_14.
     """
     encoder = dict(params["Transformer"])
     patch, _, _, d = params["embedding"]["kernel"].shape
