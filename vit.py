@@ -244,10 +244,10 @@ def attention(x, query, key, value, out, return_weights=False):
     if on_nvidia and x.dtype == jnp.bfloat16 and not return_weights:
         y, weights = fused_attention(q, k, v), None
     else:
-        in_float32 = {"preferred_element_type": jnp.float32}
-        scores = jnp.einsum("bqae,bkae->baqk", q / size**0.5, k, **in_float32)  # [B, A, N, N]
-        weights = jax.nn.softmax(scores, axis=-1)
-        y = jnp.einsum("baqk,bkae->bqae", weights.astype(x.dtype), v)  # [B, N, A, E]
+        q, k, v = q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, A, N, E]
+        scores = jnp.matmul(q / size**0.5, k.swapaxes(2, 3), preferred_element_type=jnp.float32)
+        weights = jax.nn.softmax(scores, axis=-1)  # [B, A, N, N]
+        y = (weights.astype(x.dtype) @ v).swapaxes(1, 2)  # [B, A, N, E] -> [B, N, A, E]
     y = linear(y.reshape(b, n, heads * size), **out)  # the heads side by side again
     return y, (weights if return_weights else None)
 
