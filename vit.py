@@ -77,7 +77,7 @@ def option(default, text, least=0, choices=()):
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """All flags of the command line. The recipe is the released one, by the same names.
+    """All flags of the command line. Names and defaults follow the release's fine-tuning recipe.
 
     Raises BadInput if a value is not allowed.
     """
@@ -88,13 +88,13 @@ class Options:
     dtype: str = option(
         "float32", "dtype of activations: float32 or bfloat16", choices=("float32", "bfloat16")
     )
-    batch_size: int = option(512, "images in an update, over all devices", least=1)
+    batch_size: int = option(512, "images per update, over all devices and hosts", least=1)
     accum_steps: int = option(8, "micro-batches per update", least=1)
     total_steps: int = option(10_000, "number of updates", least=1)
     warmup_steps: int = option(500, "updates during which the learning rate rises")
     base_lr: float = option(0.03, "learning rate after the warm-up")
     decay_type: str = option(
-        "cosine", "how it falls: cosine or linear", choices=("cosine", "linear")
+        "cosine", "decay of the learning rate: cosine or linear", choices=("cosine", "linear")
     )
     grad_norm_clip: float = option(1.0, "maximum global norm of the gradients", least=1e-9)
     dropout: float = option(0.0, "dropout rate")
@@ -121,8 +121,8 @@ class Options:
                 require(value in choices, f"{flag} must be one of {', '.join(choices)}")
             elif not isinstance(value, str):
                 require(least <= value < 2**31, f"{flag} must be a number of at least {least}")
-        name = re.fullmatch(r"ViT-(XS|Ti|S|B|L|H)_[1-9]\d*", self.model)
-        require(name, f"--model={self.model}: models are named like ViT-B_16, see --help")
+        known = re.fullmatch(r"ViT-(XS|Ti|S|B|L|H)_[1-9]\d*", self.model)
+        require(known, f"--model={self.model}: models are named like ViT-B_16, see --help")
         require(self.dropout < 1, f"--dropout={self.dropout} must be below 1")
         steps = f"--warmup_steps={self.warmup_steps} must be below --total_steps={self.total_steps}"
         require(self.warmup_steps < self.total_steps, steps)
@@ -220,7 +220,7 @@ def fused_attention(q, k, v, implementation="cudnn"):
     """What `attention` computes from q, k and v, [B, N, A, E] each, in a single GPU kernel.
 
     The N x N weights never leave the chip; on a GPU, moving them is what limits the plain form. The
-    kernel needs a multiple of 8 tokens, so some are added, masked, and removed again.
+    kernel needs a multiple of 8 tokens, so we pad, mask the padding, and slice it off again.
     """
     b, n, _, _ = q.shape
     q, k, v = (jnp.pad(x, ((0, 0), (0, -n % 8), (0, 0), (0, 0))) for x in (q, k, v))
@@ -232,7 +232,7 @@ def attention(x, query, key, value, out, return_weights=False):
     """Multi-head self-attention (paper, appendix A): [B, N, D] -> [B, N, D], and its weights.
 
     query, key, value: dicts of kernel [D, A, E] and bias [A, E]; out: of kernel [A, E, D] and bias
-    [D]. The weights, float32 [B, A, N, N], say how much each token (row) takes from each (column);
+    [D]. The weights, float32 [B, A, N, N], say how much each token (row) attends to each (column);
     unless they are asked for, None is returned instead.
     """
     b, n, _ = x.shape
@@ -240,7 +240,7 @@ def attention(x, query, key, value, out, return_weights=False):
     q = linear(x, **query).reshape(b, n, heads, size)  # [B, N, D] -> [B, N, A, E]
     k = linear(x, **key).reshape(b, n, heads, size)
     v = linear(x, **value).reshape(b, n, heads, size)
-    on_nvidia = "NVIDIA" in jax.devices()[0].device_kind  # not a "Tesla T4", which is too old
+    on_nvidia = "NVIDIA" in jax.devices()[0].device_kind  # Ampere or later, as bfloat16 needs
     if on_nvidia and x.dtype == jnp.bfloat16 and not return_weights:
         y, weights = fused_attention(q, k, v), None
     else:
@@ -248,7 +248,7 @@ def attention(x, query, key, value, out, return_weights=False):
         scores = jnp.matmul(q / size**0.5, k.swapaxes(2, 3), preferred_element_type=jnp.float32)
         weights = jax.nn.softmax(scores, axis=-1)  # [B, A, N, N]
         y = (weights.astype(x.dtype) @ v).swapaxes(1, 2)  # [B, A, N, E] -> [B, N, A, E]
-    y = linear(y.reshape(b, n, heads * size), **out)  # the heads side by side again
+    y = linear(y.reshape(b, n, heads * size), **out)  # the heads, concatenated
     return y, (weights if return_weights else None)
 
 
@@ -289,11 +289,11 @@ def forward(
     turns dropout on. With return_attention, the weights of all blocks, [L, B, A, N, N], are also
     returned. Raises TypeError if the number of patches does not fit the position embeddings.
 
-    For the gradient, JAX keeps what the forward pass computed. In the blocks it keeps only their
-    inputs and the outputs of linear layers here. The backward pass computes the rest again: norms,
-    softmax, GELU and dropout masks, because that is cheaper than writing them to memory and reading
-    them back, and the attention (the fused kernel, too), because its weights are N x N. With remat
-    only the inputs of blocks are kept, and whole blocks are computed again.
+    For the gradient, JAX by default keeps everything that the forward pass computed. Here each
+    block keeps only its input and the outputs of its linear layers, and the backward pass computes
+    the rest again: norms, softmax, GELU and dropout masks, because that is cheaper than writing
+    them to memory and reading them back, and the attention (the fused kernel, too), because its
+    weights are N x N. With remat a block keeps only its input, and is computed again as a whole.
     """
     encoder = params["Transformer"]
     blocks = encoder["encoderblock"]  # the arrays of all L blocks are stacked: [L, ...]
@@ -311,9 +311,9 @@ def forward(
         block, block_key = block_and_key
         return encoder_block(x, block, block_key, dropout_rate, return_attention)
 
-    # Keep nothing inside a block, or the products with kernels: unlike those of attention, which go
-    # image by image and head by head, they have no batch dimensions. (prevent_cse=False: scan, says
-    # JAX's documentation, needs no protection from XLA merging the two computations.)
+    # With remat save nothing inside a block; otherwise save the products with kernels, which JAX
+    # recognises: they have no batch dimensions, unlike those of attention, one for each image and
+    # head. (prevent_cse=False: by JAX's documentation its protection is not needed inside scan.)
     policies = jax.checkpoint_policies
     keep = policies.nothing_saveable if remat else policies.dots_with_no_batch_dims_saveable
     apply_block = jax.checkpoint(apply_block, policy=keep, prevent_cse=False)
@@ -378,8 +378,8 @@ def cross_entropy(logits, targets):
 def mixup(images, targets, share):
     """share * batch + (1 - share) * reversed batch (arXiv 1710.09412).
 
-    images [B, ...] and targets [B, K] are blended alike. Here B is what a device processes at a
-    time; it must be more than 1, or an image would only be blended with itself. In training, one
+    images [B, ...] and targets [B, K] are blended alike. B is the micro-batch of one device,
+    which must be more than 1, or an image would only be blended with itself. In training, one
     share is drawn per update.
     """
     return tuple(share * x + (1 - share) * x[::-1] for x in (images, targets))
@@ -412,9 +412,9 @@ def sgd_init(params):
 def sgd_update(params, momentum, grads, rate, decay=0.9):
     """SGD with momentum, not Nesterov, without weight decay: returns new params and momentum.
 
-    As in the release, momentum is rounded to its dtype twice: decay * momentum is computed in it
-    (0.9 is 0.8984 in bfloat16), and the sum is stored in it. In a compiled function XLA may leave
-    out the first rounding. The sum itself and the update are float32.
+    As in the release, momentum is stored in bfloat16 and rounded twice: decay * momentum is
+    computed in bfloat16 (0.9 rounds to 0.8984), and the new sum is rounded when it is stored. The
+    sum itself and the update are float32. (In compiled code XLA may leave out the first rounding.)
     """
     decayed = jax.tree.map(lambda m: decay * m, momentum)
     total = jax.tree.map(jnp.add, decayed, grads)  # bfloat16 + float32 is float32
@@ -423,7 +423,10 @@ def sgd_update(params, momentum, grads, rate, decay=0.9):
     return params, momentum
 
 
-# How `pmap` runs the two functions below; the first of them explains it.
+# `pmap` compiles a function once and runs it on all devices at the same time. in_axes says what
+# each device is given: 0, its own slice along the first axis; None, everything. out_axes=None
+# returns the result of one device, for they all compute the same. (`jit` with sharded arrays can do
+# this, too, but leaves to the compiler where devices communicate; here one can see it.)
 ON_ALL_DEVICES = {"axis_name": "devices", "in_axes": (None, 0, 0, None), "out_axes": None}
 
 
@@ -433,15 +436,13 @@ def train_step(state, images, labels, options):
 
     state: a dict of params, momentum and step (int32 [], the number of updates before this one).
     images: uint8 [accum_steps, B, H, W, 3], labels: int32 [accum_steps, B]; the caller adds a first
-    axis of devices to both. options: an `Options`. Random keys derive from seed and step:
+    axis, of devices, to both. options: an `Options`. Random keys derive from seed and step:
     `mixup_key, dropout_key = split(fold_in(key(seed), step))`.
 
-    `pmap` compiles a function once and runs it on all devices at the same time. in_axes says what
-    each device is given: 0, its own slice along the first axis; None, everything. A static argument
-    is a constant of the compiled function. A donated one gives its memory to the results, so that
-    the old state and the new share it. Numbers cross between devices at one point only, `pmean`,
-    which replaces loss and gradients by their mean over all devices. From there on all devices
-    compute the same new state, and out_axes=None returns it once.
+    A static argument is a constant of the compiled function. A donated one gives its memory to the
+    results, so that the old state and the new share it. In an update devices communicate at one
+    point only: `pmean` replaces loss and gradients by their mean over all devices. From there on
+    all devices compute the same new state.
     """
     params = state["params"]
     step_key = jax.random.fold_in(jax.random.key(options.seed), state["step"])
@@ -521,8 +522,8 @@ def training_example(data, options, image_size, index):
     """Training example number index = step * batch size + place in the batch.
 
     data: see `train`. Returns (uint8 [image_size, image_size, 3], label), which depend on nothing
-    but the arguments: a resumed run, even on other devices, sees the examples that it would have
-    seen anyway. Raises BadInput for a label not from 0 to K - 1.
+    but the arguments: a resumed run, even on other devices, sees the same examples as one that was
+    never stopped. Raises BadInput for a label not from 0 to K - 1.
     """
     epoch, place = divmod(index, len(data["train"]))
     item = data["train"][epoch_order(options.seed, epoch, len(data["train"]))[place]]
@@ -537,7 +538,7 @@ def training_example(data, options, image_size, index):
 
 
 def host_places(batch_size, accum_steps=1):
-    """Which places of a batch this host reads: int [local devices, accum_steps, images].
+    """Which positions of a batch this host reads: int [local devices, accum_steps, images].
 
     On one host with 2 devices, a batch of 8 in 2 parts: [[[0 1] [2 3]] [[4 5] [6 7]]].
     Raises BadInput if the batch cannot be divided.
@@ -583,7 +584,7 @@ COLUMNS = ("step", "loss", "learning_rate", "images_per_second", "test_accuracy"
 
 
 def say(line):
-    """Prints a line at once, on the first host only."""
+    """Prints a line immediately, on the first host only."""
     if jax.process_index() == 0:
         print(line, flush=True)
 
@@ -689,11 +690,11 @@ def train(options, data):
         for row in (COLUMNS, *run["rows"]):
             print(*row, sep=",", file=metrics)
         loss, report = 0.0, progress(options, first)
-        for step, (images, labels) in enumerate(feed, first + 1):  # step: updates with this one
+        for step, (images, labels) in enumerate(feed, first + 1):  # step counts this update, too
             previous_loss = loss
             state, loss, rate = train_step(state, images, labels, options)
             # This call returns before the update is computed. Waiting for the previous update, not
-            # this one, keeps the devices busy and no more than two batches in their memory.
+            # this one, keeps the devices busy with at most two updates, one running and one queued.
             jax.block_until_ready(previous_loss)
             log = is_due(step, options.log_every)
             if log or step <= first + 2:  # the first lines come as soon as they can
@@ -777,7 +778,7 @@ PRE_TRAINED = {  # on ImageNet-21k: the file in the bucket, and timm's copy of i
     "ViT-L_16": ("imagenet21k/ViT-L_16", "vit_large_patch16_224.orig_in21k"),
     "ViT-H_14": ("imagenet21k/ViT-H_14", "vit_huge_patch14_224.orig_in21k"),
 }
-FINE_TUNED = {  # on ImageNet at 384 pixels; of B_32 and L_16 timm has another training only
+FINE_TUNED = {  # on ImageNet, 384 pixels; of B_32 and L_16 timm has only differently trained ones
     "ViT-Ti_16": (TI_16 + ON_IMAGENET, "vit_tiny_patch16_384.augreg_in21k_ft_in1k"),
     "ViT-S_32": (S_32 + ON_IMAGENET, "vit_small_patch32_384.augreg_in21k_ft_in1k"),
     "ViT-S_16": (S_16 + ON_IMAGENET, "vit_small_patch16_384.augreg_in21k_ft_in1k"),
@@ -786,7 +787,7 @@ FINE_TUNED = {  # on ImageNet at 384 pixels; of B_32 and L_16 timm has another t
     "ViT-L_32": ("imagenet21k+imagenet2012/ViT-L_32", "vit_large_patch32_384.orig_in21k_ft_in1k"),
     "ViT-L_16": ("imagenet21k+imagenet2012/ViT-L_16", "vit_large_patch16_384.augreg_in21k_ft_in1k"),
 }
-NEWER_FLAX = {  # files saved by newer Flax code number and nest layers differently
+NEWER_FLAX = {  # newer Flax code numbers and nests layers differently
     "opt/target/": "",
     "params/": "",
     "MultiHeadDotProductAttention_0/": "MultiHeadDotProductAttention_1/",
@@ -843,9 +844,10 @@ def read_safetensors(path):
 def from_timm(arrays, model):
     """{name in timm: array} -> {released name: array}, each in the shape of the release.
 
-    Query, key and value are one matrix in timm, and the file does not say how many heads they have:
-    it is the number of model if the widths agree, otherwise D/64 (D/80 at width 1280), as for all
-    of timm's own models. A name that is not in TIMM stays as it is, for `to_params` to refuse.
+    Query, key and value are one matrix in timm, and the file does not say how many heads they have.
+    We take the number of heads of model if its width matches, otherwise D/64 (D/80 at width 1280),
+    as in all of timm's own models. Names that are not in TIMM stay as they are, so that `to_params`
+    rejects them.
 
     The released weights, and timm's copies of them, were trained with the tanh form of GELU, as in
     `mlp`; DeiT, DINO and others of timm's with the exact one, which shifts their logits a little.
@@ -887,6 +889,7 @@ def read_arrays(path, model="ViT-B_16"):
             return from_timm(read_safetensors(path), model)
         with np.load(path) as file:
             require(len({*file.files}) == len(file.files), "it has two arrays of one name")
+            # A damaged archive may hide arrays, of which only the head would not be missed.
             require(any(name.endswith("head/bias") for name in file.files), "it has no head")
             return {name: np.asarray(file[name]) for name in file.files}
     except Exception as error:  # damaged bytes raise a dozen types in zipfile, zlib, NumPy, json
@@ -914,7 +917,8 @@ def to_released(params):
 def to_params(arrays, source):
     """{released name: array} -> params, a nested dict of float32 NumPy arrays.
 
-    A head may be missing; what our checkpoints hold besides params is ignored. Raises BadInput,
+    A head may be missing, as in some of timm's files; what our checkpoints hold besides params is
+    ignored. Raises BadInput,
     naming source, for an array that is missing, unknown, of another shape, or not finite.
     """
     found = {}
@@ -926,7 +930,7 @@ def to_params(arrays, source):
     layers = {name.split("/")[0] for name in found}
     depth = sum(name.endswith("/LayerNorm_0/bias") for name in found)
     require(depth, f"{source} is not a Vision Transformer: it has no blocks")
-    sizes, params = {"1": 1, "3": 3}, {}  # a letter gets its size from the first array that has it
+    sizes, params = {"1": 1, "3": 3}, {}  # the first array that has a letter fixes its size
 
     def take(name, letters):
         require(name in found, f"{source} has no {name}")
@@ -935,7 +939,9 @@ def to_params(arrays, source):
             sizes.setdefault(letter, size)
         shape = tuple(sizes.get(letter) for letter in letters)
         require(array.shape == shape, f"{source}: {name} has the shape {array.shape}, not {shape}")
-        finite = array.size and array.dtype.kind == "f" and abs(array).max() < 3e38  # of float32
+        finite = (
+            array.size and array.dtype.kind == "f" and abs(array).max() < 3e38
+        )  # neither inf nor nan
         require(finite, f"{source}: {name} holds values other than finite numbers")
         return array.astype(np.float32)
 
@@ -956,7 +962,7 @@ def to_params(arrays, source):
 
 
 def load_checkpoint(path, model="ViT-B_16"):
-    """The params of a checkpoint file, unchanged. See `read_arrays` and `to_params`."""
+    """For your own code: the params of a checkpoint file. See `read_arrays` and `to_params`."""
     return to_params(read_arrays(path, model), path)
 
 
@@ -966,27 +972,29 @@ def load_pretrained(options, released=PRE_TRAINED):
     released: the table in which "released" is looked up. Raises BadInput.
     """
     path, model = options.pretrained, options.model
-
-    def read(path):
-        arrays = read_arrays(path, model)
-        params, names = to_params(arrays, path), arrays.get("class_names")
-        if model != Options.model:  # it was named, so it should be that of the file
-            sizes, (patch, _, _, d) = model_sizes(model), params["embedding"]["kernel"].shape
-            fits = (patch, d) == (sizes["P"], sizes["D"])
-            require(fits, f"--model={model} is not in {path}: patches of {patch}, width {d}")
-        count = params["head"]["bias"].size if "head" in params else 0
-        fits = names is None or len(names) == count
-        require(fits, f"{path} has class_names, but not for each of its {count} classes")
-        return params, names
-
+    urls = [path]
     if path == "released":
         require(model in released, f"--model={model} is not released, only {', '.join(released)}")
         file, name = released[model]
         urls = [f"{BUCKET}{file}.npz", f"{HUB}{name}/resolve/main/model.safetensors"]
-        return fetch(urls, options, read)
-    if path.startswith(("http://", "https://")):
-        return fetch([path], options, read)
-    return read(os.path.expanduser(path))
+
+    def read(path):
+        arrays = read_arrays(path, model)
+        return to_params(arrays, path), arrays.get("class_names")
+
+    if urls[0].startswith(("http://", "https://")):
+        params, names = fetch(urls, options, read)
+    else:
+        params, names = read(os.path.expanduser(path))
+    patch, _, _, d = params["embedding"]["kernel"].shape
+    sizes = model_sizes(model)
+    # A model other than the default was asked for, so the file must match it.
+    fits = model == Options.model or (patch, d) == (sizes["P"], sizes["D"])
+    require(fits, f"{path} is not a {model}: it has patches of {patch} pixels and width {d}")
+    count = params["head"]["bias"].size if "head" in params else 0
+    fits = names is None or len(names) == count
+    require(fits, f"{path} has class_names, but not one for each of its {count} classes")
+    return params, names
 
 
 def save_checkpoint(path, params, **more):
@@ -1046,8 +1054,10 @@ def adapt(params, image_size, num_classes=None):
 
 # ---------------------------------------------------------------------- 8. Runs, devices and hosts
 
-OF_EACH_HOST = ("coordinator_address", "num_processes", "process_id", "logdir", "data_dir")
-MAY_CHANGE = (*OF_EACH_HOST, "accum_steps", "remat", "log_every", "eval_every", "eval_only")
+# Several hosts run one process each, by the same command but for --process_id. A run is defined by
+# its options, except for those that may differ between hosts or may change when it is resumed.
+PER_HOST = ("coordinator_address", "num_processes", "process_id", "logdir", "data_dir")
+MAY_CHANGE = (*PER_HOST, "accum_steps", "remat", "log_every", "eval_every", "eval_only")
 
 
 def start_or_resume(options, data):
@@ -1064,10 +1074,12 @@ def start_or_resume(options, data):
         run, step = json.loads(str(arrays["train/run"])), int(arrays["train/step"])
         for name, value in identity.items():
             was = run["identity"].get(name)
-            change = f"{path} is of another run: its {name} was {was}, not {value}"
+            change = f"{path} belongs to another run: its {name} was {was}, not {value}"
             require(was == value, f"{change}; choose another --logdir")
         params = to_params(arrays, path)
-        leaves, tree = jax.tree.flatten(jax.eval_shape(sgd_init, params))  # for tree and dtypes
+        leaves, tree = jax.tree.flatten(
+            jax.eval_shape(sgd_init, params)
+        )  # only structure and dtypes
         momentum = tree.unflatten(
             arrays[f"train/momentum_{i}"].astype(leaf.dtype) for i, leaf in enumerate(leaves)
         )
@@ -1086,8 +1098,8 @@ def start_or_resume(options, data):
 def identity_of(options, data):
     """What defines a run, by name. It can be resumed only if none of this has changed.
 
-    The options of MAY_CHANGE are not part of it, though with another accum_steps the last bits, the
-    masks of dropout and the partners of mixup change.
+    Options of MAY_CHANGE and the number of devices are not part of it, although another number of
+    devices or accum_steps changes the last bits, the masks of dropout and the partners of mixup.
     """
     identity = {name: value for name, value in vars(options).items() if name not in MAY_CHANGE}
     identity |= {"data": data.get("name"), "classes": [*data["classes"]]}
@@ -1098,7 +1110,7 @@ def identity_of(options, data):
 def initial_params(options, num_classes):
     """What a run starts from: what --pretrained names, or random params. Raises BadInput."""
     if options.pretrained == "none":
-        compiled = jax.jit(init_params, static_argnums=(1, 2, 3))  # in one piece
+        compiled = jax.jit(init_params, static_argnums=(1, 2, 3))  # as one program
         key = jax.random.key(options.seed)
         params = jax.device_get(compiled(key, options.model, options.image_size, num_classes))
     else:
@@ -1125,7 +1137,8 @@ def replicate(tree):
 def join_hosts(options):
     """Connects all hosts, waiting up to five minutes for them. Raises BadInput.
 
-    From then on JAX terminates every host if one exits, or is silent for 100 seconds.
+    From then on JAX terminates the processes of all hosts if one of them ends (see `main`) or is
+    silent for 100 seconds.
     """
     address = options.coordinator_address
     fits = re.fullmatch(r"auto|.+:\d+", address)
@@ -1133,15 +1146,14 @@ def join_hosts(options):
     print(f"waiting for all hosts at {address}, five minutes at most", flush=True)
     jax.config.update("jax_enable_preemption_service", False)  # it catches SIGTERM
     known = () if address == "auto" else (address, options.num_processes, options.process_id)
-    patience = {"heartbeat_timeout_seconds": 100, "shutdown_timeout_seconds": 60}
-    jax.distributed.initialize(*known, initialization_timeout=300, **patience)
-    # At their first collective hosts have only 30 seconds to meet, so it comes before data is read.
+    jax.distributed.initialize(*known, initialization_timeout=300, heartbeat_timeout_seconds=100)
+    # The first collective times out after 30 seconds, so here is one before hosts load data.
     multihost_utils.sync_global_devices("all hosts are here")
 
 
 def same_on_all_hosts(values):
     """Raises BadInput, on every host, naming which of the values differ between hosts."""
-    names = [name for name in values if name not in OF_EACH_HOST]
+    names = [name for name in values if name not in PER_HOST]
     digests = np.uint32([zlib.crc32(repr(values[name]).encode()) for name in names])
     for name, column in zip(names, multihost_utils.process_allgather(digests).T, strict=True):
         require(len({*column.tolist()}) == 1, f"the hosts differ in {name}, here {values[name]}")
@@ -1161,7 +1173,7 @@ digit_font = functools.cache(ImageFont.load_default)
 
 @functools.cache
 def draw_digit(i):
-    """Digit i modulo 10 in Pillow's own font, moved and turned: (RGB image, 32 x 32; label)."""
+    """Digit i modulo 10 in Pillow's own font, shifted and rotated: (RGB image, 32 x 32; label)."""
     rng = np.random.default_rng(i)
     image, font = Image.new("L", (32, 32)), digit_font(int(rng.integers(22, 31)))
     ImageDraw.Draw(image).text(tuple(rng.integers(13, 20, 2)), str(i % 10), 255, font, anchor="mm")
@@ -1191,7 +1203,10 @@ def cifar(name, options):
     def read_archive(path):
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        require(digest == CIFAR[name], f"{path} is damaged: its SHA-256 is wrong; delete it")
+        require(
+            digest == CIFAR[name],
+            f"{path} is damaged: its SHA-256 is wrong; delete it if it is there",
+        )
         with tarfile.open(path) as archive:
             members = [member for member in archive if member.isfile()]
             return {Path(x.name).name: archive.extractfile(x).read() for x in members}
@@ -1307,7 +1322,8 @@ def attention_rollout(weights):
     """
     weights = weights.mean(axis=2)  # [L, B, N, N]
     weights = (weights + np.eye(weights.shape[-1])) / 2
-    reached = functools.reduce(np.matmul, weights[::-1])[:, 0, 1:]  # [B, N-1]
+    reached = functools.reduce(np.matmul, weights[::-1])  # last block x ... x first: [B, N, N]
+    reached = reached[:, 0, 1:]  # what the class token has of each patch: [B, N-1]
     grid = math.isqrt(reached.shape[1])
     brightest = np.percentile(reached, 99, axis=1, keepdims=True)
     return np.minimum(1, reached / brightest).reshape(-1, grid, grid)
@@ -1315,13 +1331,13 @@ def attention_rollout(weights):
 
 def classify(options, photos):
     """Prints the five likeliest classes of each photo and writes PHOTO-attention.png: the photo,
-    and the photo brightened where the class token looks. Raises BadInput."""
+    and the photo brightened where the class token attends. Raises BadInput."""
     params, names = load_pretrained(options, FINE_TUNED)
     require("head" in params, f"{options.pretrained} has no head: fine-tune it first")
     if names is None and params["head"]["bias"].size == 1000:
         from tensorflow_datasets.datasets.siscore import labels
 
-        names = labels.IMAGENET_LABELS_LIST  # without names, 1,000 classes are taken for ImageNet's
+        names = labels.IMAGENET_LABELS_LIST  # without names, 1,000 classes are assumed to be these
     params = jax.device_put(adapt(params, options.image_size))
     model = jax.jit(functools.partial(forward, return_attention=True))
     for photo in photos:
@@ -1358,8 +1374,8 @@ PRESETS = {  # defaults of some datasets
 }
 
 
-def parse_options(argv):
-    """The command line: (DATA or photos; Options: flags over PRESETS over defaults). BadInput."""
+def flag_parser():
+    """A parser for DATA and all flags of Options. Its result has only the flags that are given."""
     unset = argparse.SUPPRESS
     parser = argparse.ArgumentParser("vit.py", allow_abbrev=False, argument_default=unset)
     parser.error = lambda message: require(False, message)  # one line, without the usage
@@ -1369,17 +1385,22 @@ def parse_options(argv):
         kind = {"action": "store_true"} if field.type is bool else {"type": field.type}
         text = f"{field.metadata['text']} ({field.default})"
         parser.add_argument(f"--{field.name}", help=text, **kind)
-    flags = vars(parser.parse_intermixed_args(argv))
+    return parser
+
+
+def parse_options(argv):
+    """The command line: (DATA or photos; Options: flags over PRESETS over defaults). BadInput."""
+    flags = vars(flag_parser().parse_intermixed_args(argv))
     paths = flags.pop("data")
     photos = all(map(os.path.isfile, paths))
     require(photos or len(paths) == 1, f"of {' '.join(paths)}, not all are image files")
-    default = f"runs/{paths[0].strip('./').replace('/', '-')}"
-    flags["logdir"] = os.path.expanduser(flags.get("logdir", default))
-    preset = dict(PRESETS.get(paths[0], {}))
-    if photos or "eval_only" in flags:
-        preset["image_size"] = 0  # the checkpoint's
-    if "eval_only" in flags and not photos:
-        preset["pretrained"] = f"{flags['logdir']}/checkpoint.npz"
+    run_name = paths[0].strip("./").replace("/", "-")
+    flags["logdir"] = os.path.expanduser(flags.get("logdir", f"runs/{run_name}"))
+    preset = PRESETS.get(paths[0], {})
+    if photos or "eval_only" in flags:  # nothing is trained: images of the checkpoint's size
+        preset = preset | {"image_size": 0}
+    if "eval_only" in flags and not photos:  # by default, of the run's own checkpoint
+        preset = preset | {"pretrained": f"{flags['logdir']}/checkpoint.npz"}
     return paths, Options(**(preset | flags))
 
 
