@@ -17,7 +17,7 @@ Parts 1 to 5 are the lesson: options, model, learning, examples, training. Parts
 real program also needs: files, checkpoints, runs and hosts, datasets, photos, the command line.
 
 Shapes are written with these letters: B images of H x W pixels, patches of P x P pixels, N tokens
-(one for each patch, and the class token) of D numbers, L blocks, A attention heads of E = D/A
+(one for each patch, and the class token) of width D, L blocks, A attention heads of E = D/A
 numbers, M for the width of the MLP, K classes.
 
 A little JAX: a *pytree* is a nested dict of arrays, like our parameters; `jax.tree.map(f, a, b)`
@@ -313,7 +313,8 @@ def forward(
 
     # With remat save nothing inside a block; otherwise save the products with kernels, which JAX
     # recognises: they have no batch dimensions, unlike those of attention, one for each image and
-    # head. (prevent_cse=False: by JAX's documentation its protection is not needed inside scan.)
+    # head. (prevent_cse=False: inside scan, says JAX's documentation, XLA does not merge the
+    # computation in the backward pass with the original, so that no protection is needed.)
     policies = jax.checkpoint_policies
     keep = policies.nothing_saveable if remat else policies.dots_with_no_batch_dims_saveable
     apply_block = jax.checkpoint(apply_block, policy=keep, prevent_cse=False)
@@ -605,7 +606,7 @@ def evaluate(params, data, options):
     count, size, devices = len(data["test"]), image_size_of(params), jax.device_count()
 
     def example(i):
-        if i >= count:  # fills the last batch; -1 is never guessed
+        if i >= count:  # fills the last batch; label -1 never matches a guess
             return np.zeros((size, size, 3), np.uint8), -1
         image, label = data["read"](data["test"][i])
         return to_array(image, size), label
@@ -667,8 +668,8 @@ def train(options, data):
     was never stopped (checked on CPUs). Raises BadInput.
     """
     places = host_places(options.batch_size, options.accum_steps)  # [devices, accum_steps, images]
-    enough = places.shape[-1] > 1 or not options.mixup_alpha
-    require(enough, "--mixup_alpha needs two images at a time on each device: lower --accum_steps")
+    can_mix = places.shape[-1] > 1 or not options.mixup_alpha
+    require(can_mix, "--mixup_alpha needs two images at a time on each device: lower --accum_steps")
     state, run = start_or_resume(options, data)
     first, size = int(state["step"]), image_size_of(state["params"])
     example = functools.partial(training_example, data, options, size)
@@ -732,9 +733,9 @@ def atomic_write(path):
 def fetch(urls, options, read):
     """Downloads a file from the first of several addresses that works; returns read(its path).
 
-    The file is kept for the next time, under a name derived from the first address. read is called
-    while it is still partial: if read raises something, nothing is kept. Raises BadInput if every
-    address fails or times out (after 60 seconds).
+    The file is kept for the next time, under a name derived from the first address. read checks the
+    complete download before it gets that name: if read raises something, nothing is kept. Raises
+    BadInput if every address fails or is silent for 60 seconds.
     """
     digest = hashlib.sha256(urls[0].encode()).hexdigest()[:8]
     path = Path(options.data_dir, "downloads", f"{digest}-{Path(urls[0]).name}").expanduser()
@@ -1174,10 +1175,12 @@ digit_font = functools.cache(ImageFont.load_default)
 @functools.cache
 def draw_digit(i):
     """Digit i modulo 10 in Pillow's own font, shifted and rotated: (RGB image, 32 x 32; label)."""
-    rng = np.random.default_rng(i)
-    image, font = Image.new("L", (32, 32)), digit_font(int(rng.integers(22, 31)))
-    ImageDraw.Draw(image).text(tuple(rng.integers(13, 20, 2)), str(i % 10), 255, font, anchor="mm")
-    return image.rotate(rng.uniform(-15, 15), BILINEAR).convert("RGB"), i % 10
+    rng, label = np.random.default_rng(i), i % 10
+    font = digit_font(int(rng.integers(22, 31)))
+    center = tuple(rng.integers(13, 20, 2))
+    image = Image.new("L", (32, 32))
+    ImageDraw.Draw(image).text(center, str(label), 255, font, anchor="mm")
+    return image.rotate(rng.uniform(-15, 15), BILINEAR).convert("RGB"), label
 
 
 def decode(file, name):
@@ -1213,7 +1216,7 @@ def cifar(name, options):
 
     files = fetch([url], options, read_archive)
 
-    def records(*starts):  # of the files whose names start so: uint8 [n, label_bytes + 3072]
+    def records(*starts):  # of files with these prefixes: uint8 [n, label_bytes + 3072]
         parts = [files[file] for file in sorted(files) if file.startswith(starts)]
         return np.frombuffer(b"".join(parts), np.uint8).reshape(-1, label_bytes + 3072)
 
@@ -1254,30 +1257,39 @@ def image_folder(root):
     return {"classes": classes, "train": train, "test": test, "read": read}
 
 
-def tfds_dataset(name, options):
-    """A TFDS dataset, read as ArrayRecord, which does not need TensorFlow. Raises BadInput.
+def tfds_builder(name, options):
+    """TFDS's builder of a dataset, which is prepared as ArrayRecord in options.data_dir.
 
-    Preparing a dataset does need it; if it is not installed, the message says what to run.
+    To prepare one takes TensorFlow; if it is not installed, the message says what to run where it
+    is. Raises BadInput.
     """
     import tensorflow_datasets as tfds  # only here: importing it takes longer than JAX
 
     logging.getLogger("absl").setLevel(logging.ERROR)  # it warns of folders that TFDS itself made
     where = {"data_dir": os.path.expanduser(options.data_dir), "file_format": "array_record"}
+    command = f"import tensorflow_datasets as t; t.builder('{name}', **{where})"
     try:
         builder = tfds.builder(name, **where)
     except (ValueError, AssertionError) as error:
         why = " ".join(re.findall("^.*|Did you mean.*", str(error)))  # first line, and TFDS's guess
         raise BadInput(f"{name} is not a file, a folder or a dataset: {why}") from error
-    command = f"import tensorflow_datasets as t; t.builder('{name}', **{where})"
-    ready = builder.is_prepared() or importlib.util.find_spec("tensorflow")
-    require(
-        ready, f'prepare {name} where TensorFlow is: python -c "{command}.download_and_prepare()"'
-    )
-    try:
-        builder.download_and_prepare()  # does nothing if it is prepared
-    except AssertionError as error:  # ImageNet's archives, for example, must be put there by hand
-        raise BadInput(f"cannot prepare {name}: {error}") from error
-    features = dict(builder.info.features)
+    if not builder.is_prepared():
+        possible = importlib.util.find_spec("tensorflow")
+        run = f'python -c "{command}.download_and_prepare()"'
+        require(possible, f"{name} must be prepared where TensorFlow is installed: {run}")
+        try:
+            builder.download_and_prepare()
+        except AssertionError as error:  # ImageNet's archives, for example, are not downloaded
+            raise BadInput(f"cannot prepare {name}: {error}") from error
+    return builder
+
+
+def tfds_dataset(name, options):
+    """A TFDS dataset, read as ArrayRecord, which does not need TensorFlow. Raises BadInput."""
+    builder = tfds_builder(name, options)
+    import tensorflow_datasets as tfds
+
+    features, splits = dict(builder.info.features), builder.info.splits
     classes = getattr(features.get("label"), "names", None)
     require(classes and "image" in features, f"{name} is not for image classification")
 
@@ -1287,10 +1299,8 @@ def tfds_dataset(name, options):
     def read(example):
         return decode(io.BytesIO(example["image"]), f"in {name}"), int(example["label"])
 
-    train, test = "train[:90%]", "train[90%:]"
-    for split in ("validation", "test"):  # preferably test, but only if its images have labels
-        if split in builder.info.splits and source(split)[0]["label"] >= 0:
-            train, test = "train", split
+    labelled = [x for x in ("test", "validation") if x in splits and source(x)[0]["label"] >= 0]
+    train, test = ("train", labelled[0]) if labelled else ("train[:90%]", "train[90%:]")
     if builder.name == "imagenet2012":  # as in the release
         train = "train[:99%]"
     return {"classes": classes, "train": source(train), "test": source(test), "read": read}
@@ -1344,7 +1354,9 @@ def classify(options, photos):
         image = decode(photo, photo)
         pixels = to_pixels(to_array(image, image_size_of(params)), options.dtype)
         logits, weights = model(params, pixels[None])
-        light = 26 + 229 * attention_rollout(np.asarray(weights))[0]  # nowhere quite dark
+        light = (
+            26 + 229 * attention_rollout(np.asarray(weights))[0]
+        )  # at least a tenth of the brightness
         mask = Image.fromarray(light.astype(np.uint8)).resize(image.size, BILINEAR)
         lit = Image.composite(image, Image.new("RGB", image.size), mask)
         Image.fromarray(np.hstack([image, lit])).save(f"{photo}-attention.png")
@@ -1376,8 +1388,9 @@ PRESETS = {  # defaults of some datasets
 
 def flag_parser():
     """A parser for DATA and all flags of Options. Its result has only the flags that are given."""
-    unset = argparse.SUPPRESS
-    parser = argparse.ArgumentParser("vit.py", allow_abbrev=False, argument_default=unset)
+    parser = argparse.ArgumentParser(
+        "vit.py", allow_abbrev=False, argument_default=argparse.SUPPRESS
+    )
     parser.error = lambda message: require(False, message)  # one line, without the usage
     text = "digits, cifar10, cifar100, a TFDS dataset, a folder of CLASS/*.jpg, or photos (digits)"
     parser.add_argument("data", metavar="DATA", nargs="*", default=["digits"], help=text)
@@ -1389,7 +1402,10 @@ def flag_parser():
 
 
 def parse_options(argv):
-    """The command line: (DATA or photos; Options: flags over PRESETS over defaults). BadInput."""
+    """The command line: [DATA or photos], and Options. Raises BadInput.
+
+    A flag counts more than the preset of a dataset, which counts more than the default.
+    """
     flags = vars(flag_parser().parse_intermixed_args(argv))
     paths = flags.pop("data")
     photos = all(map(os.path.isfile, paths))
