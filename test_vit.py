@@ -1365,3 +1365,41 @@ def test_the_head_of_the_file_asks_for_what_requirements_txt_asks_for():
     block = source.read_text().split("# ///")[1].split("dependencies")[1]
     lines = source.with_name("requirements.txt").read_text().splitlines()
     assert re.findall('"(.*?)"', block) == [line.split("#")[0].strip() for line in lines]
+
+
+# ---------------------------------------------------------------------------------------- README
+
+README = Path(vit.__file__).with_name("README.md").read_text()
+
+
+def test_the_readme_names_the_lines_where_parts_begin_and_shows_code_as_it_is():
+    source = Path(vit.__file__).read_text()
+    found = re.findall(r"(\d+\. [A-Z][\w, ]+?) \((\d+)\)", " ".join(README.split()))
+    lines = source.splitlines()
+    heads = [(x.strip("# -"), str(i)) for i, x in enumerate(lines, 1) if x.startswith("# -----")]
+    assert found == heads and len(heads) == 11
+    [shown] = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert shown in source and README.count("\n") <= 180
+
+
+def test_the_recipes_of_the_readme_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("sgd_init", "sgd_update"):
+        monkeypatch.setattr(vit, name, getattr(vit, name))  # put back after AdamW
+    params = vit.init_params(jax.random.key(0), "ViT-XS_8", 32, 10)
+    params["head"]["kernel"] = jax.random.normal(jax.random.key(1), (64, 10))
+    vit.save_checkpoint("runs/digits/checkpoint.npz", params)
+    recipes = re.findall(r"```python recipe\n(.*?)```", README, re.S)
+    assert len(recipes) == 4 and all(recipe.count("\n") <= 8 for recipe in recipes)
+    short = '"--logdir=runs/adamw", "--total_steps=2", "--warmup_steps=1"'
+    names = {}
+    for recipe in recipes:
+        exec(recipe.replace('"--logdir=runs/adamw"', short), names)
+    out = capsys.readouterr().out
+    assert float(re.search(r"linear probe: ([\d.]+)%", out)[1]) > 30  # by chance 10
+    assert len(re.findall(r"^\d: [\d.]+%$", out, re.M)) == 10
+    assert Image.open("mistakes.png").size == (8 * 32, 32)
+    wrong = names["probabilities"].argmax(1) != names["test_labels"]
+    sure = names["probabilities"].max(1)[names["surest"]]
+    assert wrong[names["surest"]].all() and sure[0] == names["probabilities"].max(1)[wrong].max()
+    assert "train/momentum_47" in vit.read_arrays("runs/adamw/checkpoint.npz")  # two of each array
