@@ -1379,7 +1379,7 @@ def test_the_readme_names_the_lines_where_parts_begin_and_shows_code_as_it_is():
     heads = [(x.strip("# -"), str(i)) for i, x in enumerate(lines, 1) if x.startswith("# -----")]
     assert found == heads and len(heads) == 11
     [shown] = re.findall(r"```python\n(.*?)```", README, re.S)
-    assert shown in source and README.count("\n") <= 180
+    assert shown in source
 
 
 def test_the_recipes_of_the_readme_run(tmp_path, monkeypatch, capsys):

@@ -919,8 +919,8 @@ def to_params(arrays, source):
     """{released name: array} -> params, a nested dict of float32 NumPy arrays.
 
     A head may be missing, as in some of timm's files; what our checkpoints hold besides params is
-    ignored. Raises BadInput,
-    naming source, for an array that is missing, unknown, of another shape, or not finite.
+    ignored. Raises BadInput, naming source, for an array that is missing, unknown, of another
+    shape, or not finite.
     """
     found = {}
     for name, array in arrays.items():
@@ -940,9 +940,8 @@ def to_params(arrays, source):
             sizes.setdefault(letter, size)
         shape = tuple(sizes.get(letter) for letter in letters)
         require(array.shape == shape, f"{source}: {name} has the shape {array.shape}, not {shape}")
-        finite = (
-            array.size and array.dtype.kind == "f" and abs(array).max() < 3e38
-        )  # neither inf nor nan
+        # The comparison is false for nan, and for numbers that float32 cannot hold.
+        finite = array.size and array.dtype.kind == "f" and abs(array).max() < 3e38
         require(finite, f"{source}: {name} holds values other than finite numbers")
         return array.astype(np.float32)
 
@@ -1078,9 +1077,8 @@ def start_or_resume(options, data):
             change = f"{path} belongs to another run: its {name} was {was}, not {value}"
             require(was == value, f"{change}; choose another --logdir")
         params = to_params(arrays, path)
-        leaves, tree = jax.tree.flatten(
-            jax.eval_shape(sgd_init, params)
-        )  # only structure and dtypes
+        like = jax.eval_shape(sgd_init, params)  # only its structure and dtypes, no arrays
+        leaves, tree = jax.tree.flatten(like)
         momentum = tree.unflatten(
             arrays[f"train/momentum_{i}"].astype(leaf.dtype) for i, leaf in enumerate(leaves)
         )
@@ -1231,9 +1229,11 @@ def cifar(name, options):
 
 
 def image_folder(root):
-    """A folder of {train,test}/CLASS/*.jpg (or png, ...; or val, validation for test). In a folder
-    of CLASS/*.jpg, every tenth image is for testing. Follows links, ignores hidden files.
-    Raises BadInput."""
+    """A folder of {train,test}/CLASS/*.jpg (or png, ...; or val, validation for test).
+
+    In a folder of CLASS/*.jpg, every tenth image is for testing. Follows links, ignores hidden
+    files. Raises BadInput.
+    """
 
     def find(folder):  # [(class, path)]
         names = sorted(glob.glob("*/**", root_dir=f"{root}/{folder}", recursive=True))
@@ -1354,9 +1354,7 @@ def classify(options, photos):
         image = decode(photo, photo)
         pixels = to_pixels(to_array(image, image_size_of(params)), options.dtype)
         logits, weights = model(params, pixels[None])
-        light = (
-            26 + 229 * attention_rollout(np.asarray(weights))[0]
-        )  # at least a tenth of the brightness
+        light = 26 + 229 * attention_rollout(np.asarray(weights))[0]  # from a tenth to 1, of 255
         mask = Image.fromarray(light.astype(np.uint8)).resize(image.size, BILINEAR)
         lit = Image.composite(image, Image.new("RGB", image.size), mask)
         Image.fromarray(np.hstack([image, lit])).save(f"{photo}-attention.png")
