@@ -13,8 +13,8 @@ was published with it, google-research/vision_transformer ("the release"). Run i
     python vit.py cifar10      # fine-tunes the released ViT-B/16 on CIFAR-10
     python vit.py photo.jpg --pretrained=runs/cifar10/checkpoint.npz
 
-Parts 1 to 5 are the lesson: options, model, learning, examples, training. Parts 6 to 11 are what a
-real program also needs: files, checkpoints, runs and hosts, datasets, photos, the command line.
+Parts 1 to 4 are the lesson: model, learning, examples, training. Parts 5 to 11 are what a real
+program also needs: options, files, checkpoints, runs and hosts, datasets, photos, the command line.
 
 Shapes are written with these letters: B images of H x W pixels, patches of P x P pixels, N tokens
 (one for each patch, and the class token) of width D, L blocks, A attention heads of E = D/A
@@ -33,7 +33,6 @@ import functools
 import glob
 import hashlib
 import http.client
-import importlib.util
 import io
 import json
 import logging
@@ -55,88 +54,15 @@ import numpy as np
 from jax.experimental import multihost_utils
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-# -------------------------------------------------------------------------------------- 1. Options
+# ----------------------------------------------------------------------------------------- 1. Model
 
-
-class BadInput(ValueError):
-    """A mistake that the user can fix. The command line prints it on one line and exits with 2."""
-
-
-def require(condition, message):
-    """Raises BadInput with the message, unless the condition holds."""
-    if not condition:
-        raise BadInput(message)
-
-
-def option(default, text, least=0, choices=()):
-    """A field of Options: its default, its line in --help, and its allowed values: one of choices,
-    or numbers that are at least `least`."""
-    metadata = {"text": text, "least": least, "choices": choices}
-    return dataclasses.field(default=default, metadata=metadata)
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """All flags of the command line. Names and defaults follow the release's fine-tuning recipe.
-
-    Raises BadInput if a value is not allowed.
-    """
-
-    model: str = option("ViT-B_16", "ViT-SIZE_PATCH, of size XS, Ti, S, B, L or H")
-    pretrained: str = option("released", "released, none, or a checkpoint's file or address")
-    image_size: int = option(384, "side of the images in pixels; 0 keeps the checkpoint's")
-    dtype: str = option(
-        "float32", "dtype of activations: float32 or bfloat16", choices=("float32", "bfloat16")
-    )
-    batch_size: int = option(512, "images per update, over all devices and hosts", least=1)
-    accum_steps: int = option(8, "micro-batches per update", least=1)
-    total_steps: int = option(10_000, "number of updates", least=1)
-    warmup_steps: int = option(500, "updates during which the learning rate rises")
-    base_lr: float = option(0.03, "learning rate after the warm-up")
-    decay_type: str = option(
-        "cosine", "decay of the learning rate: cosine or linear", choices=("cosine", "linear")
-    )
-    grad_norm_clip: float = option(1.0, "maximum global norm of the gradients", least=1e-9)
-    dropout: float = option(0.0, "dropout rate")
-    mixup_alpha: float = option(0.0, "blend images by Beta(alpha, alpha); 0: off")
-    augment: str = option(
-        "inception", "inception (random crops and flips) or none", choices=("inception", "none")
-    )
-    seed: int = option(0, "random seed")
-    logdir: str = option("runs", "folder of the run; on the command line runs/DATA")
-    data_dir: str = option("~/tensorflow_datasets", "folder of datasets and downloads")
-    log_every: int = option(10, "updates between lines of progress", least=1)
-    eval_every: int = option(100, "updates between evaluations, and checkpoints", least=1)
-    eval_only: bool = option(False, "only evaluate the run, or --pretrained")
-    remat: bool = option(False, "recompute blocks to save memory")
-    coordinator_address: str = option("", "HOST:PORT of the first host, or auto")
-    num_processes: int = option(1, "number of hosts", least=1)
-    process_id: int = option(0, "rank of this host, from 0")
-
-    def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value, allowed = getattr(self, field.name), field.metadata
-            flag, least, choices = f"--{field.name}={value}", allowed["least"], allowed["choices"]
-            if choices:
-                require(value in choices, f"{flag} must be one of {', '.join(choices)}")
-            elif not isinstance(value, str):
-                require(least <= value < 2**31, f"{flag} must be a number of at least {least}")
-        known = re.fullmatch(r"ViT-(XS|Ti|S|B|L|H)_[1-9]\d*", self.model)
-        require(known, f"--model={self.model}: models are named like ViT-B_16, see --help")
-        require(self.dropout < 1, f"--dropout={self.dropout} must be below 1")
-        steps = f"--warmup_steps={self.warmup_steps} must be below --total_steps={self.total_steps}"
-        require(self.warmup_steps < self.total_steps, steps)
-
-
-# ---------------------------------------------------------------------------------------- 2. Model
-
-SIZES = {  # D, L, A, M: the paper, table 1; Ti and S: arXiv 2106.10270
-    "XS": (64, 2, 4, 256),  # ours, to learn digits on a CPU
-    "Ti": (192, 12, 3, 768),
-    "S": (384, 12, 6, 1536),
-    "B": (768, 12, 12, 3072),
-    "L": (1024, 24, 16, 4096),
-    "H": (1280, 32, 16, 5120),
+SIZES = {  # D, L, A: the paper, table 1; Ti and S: arXiv 2106.10270. In all of them M = 4 D.
+    "XS": (64, 2, 4),  # ours, to learn digits on a CPU
+    "Ti": (192, 12, 3),
+    "S": (384, 12, 6),
+    "B": (768, 12, 12),
+    "L": (1024, 24, 16),
+    "H": (1280, 32, 16),
 }
 init = jax.nn.initializers
 to_heads = init.xavier_uniform(in_axis=1, out_axis=(2, 3), batch_axis=0)
@@ -328,13 +254,6 @@ def forward(
     return (logits, weights) if return_attention else logits
 
 
-def model_sizes(model):
-    """A name like "ViT-B_16" -> the sizes of that model, by the letters of PARAMETERS."""
-    size, patch = model.removeprefix("ViT-").split("_")
-    d, depth, heads, mlp_dim = SIZES[size]
-    return {"P": int(patch), "D": d, "L": depth, "A": heads, "E": d // heads, "M": mlp_dim}
-
-
 def nest(arrays):
     """{"a/b": x, "a/c": y} -> {"a": {"b": x, "c": y}}."""
     tree = {}
@@ -353,8 +272,11 @@ def init_params(key, model, image_size, num_classes):
     key: a random key; model: a name like "ViT-B_16"; image_size in pixels, rounded down to whole
     patches. The distributions are those of the release.
     """
-    sizes = model_sizes(model) | {"K": num_classes, "1": 1, "3": 3}
-    sizes["N"] = 1 + (image_size // sizes["P"]) ** 2
+    size, patch = model.removeprefix("ViT-").split("_")
+    d, depth, heads = SIZES[size]
+    grid = image_size // int(patch)
+    sizes = {"1": 1, "3": 3, "P": int(patch), "N": 1 + grid * grid, "D": d, "L": depth}
+    sizes |= {"A": heads, "E": d // heads, "M": 4 * d, "K": num_classes}
     arrays = {}
     for i, (name, (letters, initializer)) in enumerate(PARAMETERS.items()):
         if initializer:
@@ -363,7 +285,13 @@ def init_params(key, model, image_size, num_classes):
     return nest(arrays)
 
 
-# ------------------------------------------------------------------------------------- 3. Learning
+def image_size_of(params):
+    """The side in pixels of the images that the position embeddings of params are made for."""
+    tokens = params["Transformer"]["posembed_input"]["pos_embedding"].shape[1]
+    return round((tokens - 1) ** 0.5) * params["embedding"]["kernel"].shape[0]
+
+
+# -------------------------------------------------------------------------------------- 2. Learning
 
 
 def to_pixels(images, dtype=jnp.float32):
@@ -437,8 +365,8 @@ def train_step(state, images, labels, options):
 
     state: a dict of params, momentum and step (int32 [], the number of updates before this one).
     images: uint8 [accum_steps, B, H, W, 3], labels: int32 [accum_steps, B]; the caller adds a first
-    axis, of devices, to both. options: an `Options`. Random keys derive from seed and step:
-    `mixup_key, dropout_key = split(fold_in(key(seed), step))`.
+    axis, of devices, to both. options: an `Options` (part 5). Random keys derive from seed and
+    step: `mixup_key, dropout_key = split(fold_in(key(seed), step))`.
 
     A static argument is a constant of the compiled function. A donated one gives its memory to the
     results, so that the old state and the new share it. In an update devices communicate at one
@@ -487,10 +415,21 @@ def eval_step(params, images, labels, dtype):
     return jax.lax.psum((guesses == labels).sum(), "devices")
 
 
-# ------------------------------------------------------------------------------------- 4. Examples
+# -------------------------------------------------------------------------------------- 3. Examples
 
 ORDER, CROPS = 0, 1  # two streams of random numbers from one seed
 BILINEAR = Image.Resampling.BILINEAR
+POOL = ThreadPoolExecutor(os.cpu_count())  # reads images: Pillow does its work in parallel threads
+
+
+class BadInput(ValueError):
+    """A mistake that the user can fix. The command line prints it on one line and exits with 2."""
+
+
+def require(condition, message):
+    """Raises BadInput with the message, unless the condition holds."""
+    if not condition:
+        raise BadInput(message)
 
 
 def to_array(image, size, box=None):
@@ -559,7 +498,7 @@ def batches(example, indices, ahead=3):
     example(index) -> (image, label) runs in parallel threads, up to `ahead` batches in advance; its
     exceptions surface here.
     """
-    pool, waiting = ThreadPoolExecutor(os.cpu_count()), []
+    waiting = []
 
     def finish():
         shape, examples = waiting.pop(0)
@@ -567,18 +506,15 @@ def batches(example, indices, ahead=3):
         images = np.stack(images)
         return images.reshape(*shape, *images.shape[1:]), np.int32(labels).reshape(shape)
 
-    try:
-        for batch in indices:
-            waiting.append((batch.shape, pool.map(example, batch.ravel().tolist())))
-            if len(waiting) > ahead:
-                yield finish()
-        while waiting:
+    for batch in indices:
+        waiting.append((batch.shape, POOL.map(example, batch.ravel().tolist())))
+        if len(waiting) > ahead:
             yield finish()
-    finally:
-        pool.shutdown(cancel_futures=True)
+    while waiting:
+        yield finish()
 
 
-# ------------------------------------------------------------------------------------- 5. Training
+# -------------------------------------------------------------------------------------- 4. Training
 
 
 COLUMNS = ("step", "loss", "learning_rate", "images_per_second", "test_accuracy")  # of metrics.csv
@@ -615,13 +551,13 @@ def evaluate(params, data, options):
     places = host_places(batch_size)[:, 0]  # [local devices, images]
     starts = range(0, count, batch_size)
     correct, start_time, reported = 0, time.perf_counter(), 0
-    with contextlib.closing(batches(example, (start + places for start in starts))) as feed:
-        for start, (images, labels) in zip(starts, feed, strict=True):
-            correct += int(eval_step(params, images, labels, options.dtype))
-            done, seconds = min(count, start + batch_size), time.perf_counter() - start_time
-            if seconds - reported > 10:
-                reported, left = seconds, seconds / done * (count - done)
-                say(f"evaluated {done} of {count} images, {duration(left)} left")
+    feed = batches(example, (start + places for start in starts))
+    for start, (images, labels) in zip(starts, feed, strict=True):
+        correct += int(eval_step(params, images, labels, options.dtype))
+        done, seconds = min(count, start + batch_size), time.perf_counter() - start_time
+        if seconds - reported > 10:
+            reported, left = seconds, duration(seconds / done * (count - done))
+            say(f"evaluated {done} of {count} images, {left} left")
     say(f"test accuracy {correct / count:.2%} of {count} images")
     return correct / count
 
@@ -630,26 +566,22 @@ def progress(options, first):
     """A function of (step, loss, learning rate) that prints a line and returns images per second.
 
     first: the number of updates done before. Speed and time left are averages since the end of the
-    first update, which includes compilation; they count evaluations. Raises BadInput if the loss is
-    not finite.
+    first update, which includes compilation; they count evaluations.
     """
     start_time, start_step = time.perf_counter(), first
 
     def report(step, loss, rate):
         nonlocal start_time, start_step
-        require(math.isfinite(loss), f"the loss of step {step} is {loss}: lower --base_lr")
-        now = time.perf_counter()
-        seconds = (now - start_time) / (step - start_step)  # for one update
+        seconds = (time.perf_counter() - start_time) / (step - start_step)  # for one update
         left = seconds * (options.total_steps - step)
-        line = f"step {step}/{options.total_steps}  loss {loss:.4f}  lr {rate:.2e}"
+        speed = f"{options.batch_size / seconds:.1f} images/s  {duration(left)} left"
         if step == first + 1:
-            start_time, start_step = now, step
-            say(f"{line}  compiled and computed in {duration(seconds)}")
-        else:
-            say(f"{line}  {options.batch_size / seconds:.1f} images/s  {duration(left)} left")
+            start_time, start_step = time.perf_counter(), step
+            speed = f"compiled and computed in {duration(seconds)}"
+        say(f"step {step}/{options.total_steps}  loss {loss:.4f}  lr {rate:.2e}  {speed}")
         if step == first + 2 and left > 3600 and jax.default_backend() == "cpu":
-            say("no GPU or TPU was found; for an NVIDIA GPU run: pip install 'jax[cuda13]'")
-            say("for a CPU: --model=ViT-Ti_16 --image_size=224 --total_steps=500 --warmup_steps=50")
+            say("no GPU or TPU was found (for NVIDIA: pip install 'jax[cuda13]'); on a CPU try")
+            say("--model=ViT-Ti_16 --image_size=224 --total_steps=500 --warmup_steps=50")
         return options.batch_size / seconds
 
     return report
@@ -687,12 +619,12 @@ def train(options, data):
         print(*row, sep=",", file=metrics, flush=True)
 
     path = os.devnull if jax.process_index() else f"{options.logdir}/metrics.csv"
-    with open(path, "w") as metrics, contextlib.closing(batches(example, indices)) as feed:
+    with open(path, "w") as metrics:
         for row in (COLUMNS, *run["rows"]):
             print(*row, sep=",", file=metrics)
         loss, report = 0.0, progress(options, first)
-        for step, (images, labels) in enumerate(feed, first + 1):  # step counts this update, too
-            previous_loss = loss
+        for step, (images, labels) in enumerate(batches(example, indices), first + 1):
+            previous_loss = loss  # step counts this update, too
             state, loss, rate = train_step(state, images, labels, options)
             # This call returns before the update is computed. Waiting for the previous update, not
             # this one, keeps the devices busy with at most two updates, one running and one queued.
@@ -700,6 +632,7 @@ def train(options, data):
             log = is_due(step, options.log_every)
             if log or step <= first + 2:  # the first lines come as soon as they can
                 loss, rate = float(loss), float(rate)
+                require(math.isfinite(loss), f"the loss of step {step} is {loss}: lower --base_lr")
                 images_per_second = report(step, loss, rate)
             if log:
                 record(step, loss, rate, images_per_second, "")
@@ -709,7 +642,64 @@ def train(options, data):
     return jax.device_get(state["params"])
 
 
-# ---------------------------------------------------------------------------------------- 6. Files
+# --------------------------------------------------------------------------------------- 5. Options
+
+
+def option(default, text, least=0, choices=None):
+    """A field of Options: its default, its line in --help, and which values are allowed: one of
+    choices, or numbers that are at least `least`."""
+    metadata = {"text": text, "least": least, "choices": choices}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """All flags of the command line. Names and defaults follow the release's fine-tuning recipe.
+
+    Raises BadInput if a value is not allowed.
+    """
+
+    model: str = option("ViT-B_16", "ViT-SIZE_PATCH, of size XS, Ti, S, B, L or H")
+    pretrained: str = option("released", "released, none, or a checkpoint's file or address")
+    image_size: int = option(384, "side of the images, in whole patches; 0: as the checkpoint's")
+    dtype: str = option("float32", "dtype of activations", choices=("float32", "bfloat16"))
+    batch_size: int = option(512, "images per update, over all devices and hosts", least=1)
+    accum_steps: int = option(8, "micro-batches per update", least=1)
+    total_steps: int = option(10_000, "number of updates", least=1)
+    warmup_steps: int = option(500, "updates during which the learning rate rises")
+    base_lr: float = option(0.03, "learning rate after the warm-up")
+    decay_type: str = option("cosine", "decay of the rate", choices=("cosine", "linear"))
+    grad_norm_clip: float = option(1.0, "maximum global norm of the gradients", least=1e-9)
+    dropout: float = option(0.0, "dropout rate")
+    mixup_alpha: float = option(0.0, "blend images by Beta(alpha, alpha); 0: off")
+    augment: str = option("inception", "random crops and flips", choices=("inception", "none"))
+    seed: int = option(0, "random seed")
+    logdir: str = option("runs", "folder of the run; on the command line runs/DATA")
+    data_dir: str = option("~/tensorflow_datasets", "folder of datasets and downloads")
+    log_every: int = option(10, "updates between lines of progress", least=1)
+    eval_every: int = option(100, "updates between evaluations, and checkpoints", least=1)
+    eval_only: bool = option(False, "only evaluate the run, or --pretrained")
+    remat: bool = option(False, "recompute blocks to save memory")
+    coordinator_address: str = option("", "HOST:PORT of the first host, or auto")
+    num_processes: int = option(1, "number of hosts", least=1)
+    process_id: int = option(0, "rank of this host, from 0")
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value, least = getattr(self, field.name), field.metadata["least"]
+            flag, choices = f"--{field.name}={value}", field.metadata["choices"]
+            if choices:
+                require(value in choices, f"{flag} must be {' or '.join(choices)}")
+            elif field.type is not str:
+                require(least <= value < 2**31, f"{flag} must be a number of at least {least}")
+        known = re.fullmatch(r"ViT-(XS|Ti|S|B|L|H)_[1-9]\d*", self.model)
+        require(known, f"--model={self.model}: models are named like ViT-B_16, see --help")
+        require(self.dropout < 1, f"--dropout={self.dropout} must be below 1")
+        steps = f"--warmup_steps={self.warmup_steps} must be below --total_steps={self.total_steps}"
+        require(self.warmup_steps < self.total_steps, steps)
+
+
+# ----------------------------------------------------------------------------------------- 6. Files
 
 
 @contextlib.contextmanager
@@ -759,34 +749,31 @@ def fetch(urls, options, read):
     raise BadInput(f"cannot fetch {' or '.join(failures)}; download it yourself to {path}")
 
 
-# -------------------------------------------------------------------------------- 7. Checkpoints
+# ----------------------------------------------------------------------------------- 7. Checkpoints
 
 BUCKET = "https://storage.googleapis.com/vit_models/"
 HUB = "https://huggingface.co/timm/"
-TI_16 = "augreg/Ti_16-i21k-300ep-lr_0.001-aug_none-wd_0.03-do_0.0-sd_0.0"  # arXiv 2106.10270
-S_32 = "augreg/S_32-i21k-300ep-lr_0.001-aug_light1-wd_0.03-do_0.0-sd_0.0"
-S_16 = "augreg/S_16-i21k-300ep-lr_0.001-aug_light1-wd_0.03-do_0.0-sd_0.0"
-B_8 = "augreg/B_8-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.0-sd_0.0"
-ON_IMAGENET = "--imagenet2012-steps_20k-lr_0.03-res_384"
-PRE_TRAINED = {  # on ImageNet-21k: the file in the bucket, and timm's copy of it on the hub
-    "ViT-Ti_16": (TI_16, "vit_tiny_patch16_224.augreg_in21k"),
-    "ViT-S_32": (S_32, "vit_small_patch32_224.augreg_in21k"),
-    "ViT-S_16": (S_16, "vit_small_patch16_224.augreg_in21k"),
-    "ViT-B_32": ("imagenet21k/ViT-B_32", "vit_base_patch32_224.orig_in21k"),
-    "ViT-B_16": ("imagenet21k/ViT-B_16", "vit_base_patch16_224.orig_in21k"),
-    "ViT-B_8": (B_8, "vit_base_patch8_224.augreg_in21k"),
-    "ViT-L_32": ("imagenet21k/ViT-L_32", "vit_large_patch32_224.orig_in21k"),
-    "ViT-L_16": ("imagenet21k/ViT-L_16", "vit_large_patch16_224.orig_in21k"),
-    "ViT-H_14": ("imagenet21k/ViT-H_14", "vit_huge_patch14_224.orig_in21k"),
+# The released models, by their names in timm: "orig" are the paper's, "augreg" the later ones of
+# arXiv 2106.10270.
+PRE_TRAINED = {  # on ImageNet-21k
+    "ViT-Ti_16": "vit_tiny_patch16_224.augreg_in21k",
+    "ViT-S_32": "vit_small_patch32_224.augreg_in21k",
+    "ViT-S_16": "vit_small_patch16_224.augreg_in21k",
+    "ViT-B_32": "vit_base_patch32_224.orig_in21k",
+    "ViT-B_16": "vit_base_patch16_224.orig_in21k",
+    "ViT-B_8": "vit_base_patch8_224.augreg_in21k",
+    "ViT-L_32": "vit_large_patch32_224.orig_in21k",
+    "ViT-L_16": "vit_large_patch16_224.orig_in21k",
+    "ViT-H_14": "vit_huge_patch14_224.orig_in21k",
 }
-FINE_TUNED = {  # on ImageNet, 384 pixels; of B_32 and L_16 timm has only differently trained ones
-    "ViT-Ti_16": (TI_16 + ON_IMAGENET, "vit_tiny_patch16_384.augreg_in21k_ft_in1k"),
-    "ViT-S_32": (S_32 + ON_IMAGENET, "vit_small_patch32_384.augreg_in21k_ft_in1k"),
-    "ViT-S_16": (S_16 + ON_IMAGENET, "vit_small_patch16_384.augreg_in21k_ft_in1k"),
-    "ViT-B_32": ("imagenet21k+imagenet2012/ViT-B_32", "vit_base_patch32_384.augreg_in21k_ft_in1k"),
-    "ViT-B_16": ("imagenet21k+imagenet2012/ViT-B_16", "vit_base_patch16_384.orig_in21k_ft_in1k"),
-    "ViT-L_32": ("imagenet21k+imagenet2012/ViT-L_32", "vit_large_patch32_384.orig_in21k_ft_in1k"),
-    "ViT-L_16": ("imagenet21k+imagenet2012/ViT-L_16", "vit_large_patch16_384.augreg_in21k_ft_in1k"),
+FINE_TUNED = {  # then on ImageNet, at 384 pixels
+    "ViT-Ti_16": "vit_tiny_patch16_384.augreg_in21k_ft_in1k",
+    "ViT-S_32": "vit_small_patch32_384.augreg_in21k_ft_in1k",
+    "ViT-S_16": "vit_small_patch16_384.augreg_in21k_ft_in1k",
+    "ViT-B_32": "vit_base_patch32_384.augreg_in21k_ft_in1k",
+    "ViT-B_16": "vit_base_patch16_384.orig_in21k_ft_in1k",
+    "ViT-L_32": "vit_large_patch32_384.orig_in21k_ft_in1k",
+    "ViT-L_16": "vit_large_patch16_384.augreg_in21k_ft_in1k",
 }
 NEWER_FLAX = {  # newer Flax code numbers and nests layers differently
     "opt/target/": "",
@@ -842,56 +829,52 @@ def read_safetensors(path):
     return arrays
 
 
-def from_timm(arrays, model):
+def from_timm(arrays):
     """{name in timm: array} -> {released name: array}, each in the shape of the release.
 
-    Query, key and value are one matrix in timm, and the file does not say how many heads they have.
-    We take the number of heads of model if its width matches, otherwise D/64 (D/80 at width 1280),
-    as in all of timm's own models. Names that are not in TIMM stay as they are, so that `to_params`
-    rejects them.
+    Query, key and value are one matrix in timm, and the file does not say how many heads they have:
+    as many as the model of this width in SIZES, otherwise D/64. Raises BadInput for a name that is
+    not in TIMM, because then it is another kind of model.
 
     The released weights, and timm's copies of them, were trained with the tanh form of GELU, as in
     `mlp`; DeiT, DINO and others of timm's with the exact one, which shifts their logits a little.
     """
-    d = arrays["cls_token"].shape[-1]
-    sizes = model_sizes(model)
-    heads = sizes["A"] if sizes["D"] == d else max(1, d // (80 if d == 1280 else 64))
+    width = arrays["cls_token"].shape[-1]
+    heads = {d: heads for d, _, heads in SIZES.values()}.get(width, width // 64)
     released = {}
     for name, array in arrays.items():
         block, layer = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.*)", name).groups()
+        require(layer in TIMM, f"it has {name}, so it is another kind of model")
         new_name = f"Transformer/encoderblock_{block}/" if block else ""
-        new_name += TIMM.get(layer, layer)
+        new_name += TIMM[layer]
         if array.ndim == 4:
             array = array.transpose(2, 3, 1, 0)  # [D, 3, P, P] -> [P, P, 3, D]
         elif array.ndim == 2:
             array = array.T  # [outputs, inputs] -> [inputs, outputs]
         if layer == "attn.proj.weight":
-            array = array.reshape(heads, -1, d)
+            array = array.reshape(heads, -1, width)
         if layer.startswith("attn.qkv."):  # [3D] or [D, 3D] -> [..., 3, A, D/A]
             array = array.reshape(*array.shape[:-1], 3, heads, -1)
             for i, part in enumerate(("query", "key", "value")):
                 released[new_name.replace("qkv", part)] = array[..., i, :, :]
         else:
-            require(new_name not in released, f"it has {new_name} twice")
             released[new_name] = array
     return released
 
 
-def read_arrays(path, model="ViT-B_16"):
+def read_arrays(path):
     """{released name: array} of an .npz, or of a .safetensors as timm writes it.
 
     The first bytes tell which it is. Nothing is unpickled, and the arrays of an .npz are checked
-    against their CRC-32. model: see `from_timm`. Raises BadInput, or OSError if there is no file.
+    against their CRC-32. Raises BadInput, or OSError if there is no file.
     """
     with open(path, "rb") as file:
         start = file.read(20)
     try:
         if not start.startswith(b"PK"):
-            return from_timm(read_safetensors(path), model)
+            return from_timm(read_safetensors(path))
         with np.load(path) as file:
             require(len({*file.files}) == len(file.files), "it has two arrays of one name")
-            # A damaged archive may hide arrays, of which only the head would not be missed.
-            require(any(name.endswith("head/bias") for name in file.files), "it has no head")
             return {name: np.asarray(file[name]) for name in file.files}
     except Exception as error:  # damaged bytes raise a dozen types in zipfile, zlib, NumPy, json
         what = f"{path}, beginning with {start}, cannot be read as .npz or timm's .safetensors"
@@ -961,9 +944,9 @@ def to_params(arrays, source):
     return nest(params)
 
 
-def load_checkpoint(path, model="ViT-B_16"):
+def load_checkpoint(path):
     """For your own code: the params of a checkpoint file. See `read_arrays` and `to_params`."""
-    return to_params(read_arrays(path, model), path)
+    return to_params(read_arrays(path), path)
 
 
 def load_pretrained(options, released=PRE_TRAINED):
@@ -975,22 +958,19 @@ def load_pretrained(options, released=PRE_TRAINED):
     urls = [path]
     if path == "released":
         require(model in released, f"--model={model} is not released, only {', '.join(released)}")
-        file, name = released[model]
-        urls = [f"{BUCKET}{file}.npz", f"{HUB}{name}/resolve/main/model.safetensors"]
+        urls = [f"{HUB}{released[model]}/resolve/main/model.safetensors"]
+        if ".orig_" in urls[0]:  # the authors' own file comes first
+            folder = "imagenet21k" if released is PRE_TRAINED else "imagenet21k+imagenet2012"
+            urls = [f"{BUCKET}{folder}/{model}.npz", *urls]
 
     def read(path):
-        arrays = read_arrays(path, model)
+        arrays = read_arrays(path)
         return to_params(arrays, path), arrays.get("class_names")
 
     if urls[0].startswith(("http://", "https://")):
         params, names = fetch(urls, options, read)
     else:
         params, names = read(os.path.expanduser(path))
-    patch, _, _, d = params["embedding"]["kernel"].shape
-    sizes = model_sizes(model)
-    # A model other than the default was asked for, so the file must match it.
-    fits = model == Options.model or (patch, d) == (sizes["P"], sizes["D"])
-    require(fits, f"{path} is not a {model}: it has patches of {patch} pixels and width {d}")
     count = params["head"]["bias"].size if "head" in params else 0
     fits = names is None or len(names) == count
     require(fits, f"{path} has class_names, but not one for each of its {count} classes")
@@ -1023,25 +1003,17 @@ def resize_position_embeddings(embeddings, grid):
     return np.concatenate([embeddings[:, :1], patches], axis=1)
 
 
-def image_size_of(params):
-    """The side in pixels of the images that the position embeddings of params are made for."""
-    tokens = params["Transformer"]["posembed_input"]["pos_embedding"].shape[1]
-    return math.isqrt(tokens - 1) * params["embedding"]["kernel"].shape[0]
-
-
 def adapt(params, image_size, num_classes=None):
     """Params for images of image_size pixels (paper, section 3.2); 0 or None: as they are.
 
-    With num_classes they are prepared for fine-tuning: pre_logits is dropped, the head is all
-    zeros. Raises BadInput if patches do not fill an image. Only the default, 384, is rounded down,
-    for example to 378 for ViT-H_14.
+    The size is rounded down to whole patches, for example 384 to 378 pixels for ViT-H_14. With
+    num_classes they are prepared for fine-tuning: pre_logits is dropped, the head is all zeros.
+    Raises BadInput if an image is smaller than a patch.
     """
     encoder = dict(params["Transformer"])
     patch, _, _, d = params["embedding"]["kernel"].shape
-    image_size = image_size or image_size_of(params)
-    grid = image_size // patch
-    fits = grid and (image_size % patch == 0 or image_size == Options.image_size)
-    require(fits, f"--image_size={image_size} is not a multiple of the patch size, {patch}")
+    grid = (image_size or image_size_of(params)) // patch
+    require(grid, f"--image_size={image_size} is smaller than a patch of {patch} pixels")
     embeddings = encoder["posembed_input"]["pos_embedding"]
     encoder["posembed_input"] = {"pos_embedding": resize_position_embeddings(embeddings, grid)}
     params = params | {"Transformer": encoder}
@@ -1052,12 +1024,49 @@ def adapt(params, image_size, num_classes=None):
     return params
 
 
-# ---------------------------------------------------------------------- 8. Runs, devices and hosts
+# ----------------------------------------------------------------------- 8. Runs, devices and hosts
 
 # Several hosts run one process each, by the same command but for --process_id. A run is defined by
 # its options, except for those that may differ between hosts or may change when it is resumed.
 PER_HOST = ("coordinator_address", "num_processes", "process_id", "logdir", "data_dir")
 MAY_CHANGE = (*PER_HOST, "accum_steps", "remat", "log_every", "eval_every", "eval_only")
+
+
+def identity_of(options, data):
+    """What defines a run, by name. It can be resumed only if none of this has changed.
+
+    Options of MAY_CHANGE and the number of devices are not part of it, although another number of
+    devices or accum_steps changes the last bits, the masks of dropout and the partners of mixup.
+    """
+    identity = {name: value for name, value in vars(options).items() if name not in MAY_CHANGE}
+    identity |= {"data": data.get("name"), "classes": [*data["classes"]]}
+    counts = {f"number of {split} images": len(data[split]) for split in ("train", "test")}
+    return identity | counts
+
+
+def initial_params(options, num_classes):
+    """What a run starts from: what --pretrained names, or random params. Raises BadInput."""
+    if options.pretrained == "none":
+        compiled = jax.jit(init_params, static_argnums=(1, 2, 3))  # as one program
+        key = jax.random.key(options.seed)
+        params = jax.device_get(compiled(key, options.model, options.image_size, num_classes))
+    else:
+        params, _ = load_pretrained(options)
+    return adapt(params, options.image_size, num_classes)
+
+
+def same_on_all_hosts(values):
+    """Raises BadInput, on every host, naming which of the values differ between hosts."""
+    names = [name for name in values if name not in PER_HOST]
+    digests = np.uint32([zlib.crc32(repr(values[name]).encode()) for name in names])
+    for name, column in zip(names, multihost_utils.process_allgather(digests).T, strict=True):
+        require(len({*column.tolist()}) == 1, f"the hosts differ in {name}, here {values[name]}")
+
+
+def replicate(tree):
+    """Copies arrays to all devices of all hosts, so that pmap does not copy them in each call."""
+    mesh = jax.sharding.Mesh(jax.devices(), "devices")
+    return jax.device_put(tree, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
 
 
 def start_or_resume(options, data):
@@ -1094,43 +1103,14 @@ def start_or_resume(options, data):
     return replicate({"params": params, "momentum": momentum, "step": np.int32(step)}), run
 
 
-def identity_of(options, data):
-    """What defines a run, by name. It can be resumed only if none of this has changed.
-
-    Options of MAY_CHANGE and the number of devices are not part of it, although another number of
-    devices or accum_steps changes the last bits, the masks of dropout and the partners of mixup.
-    """
-    identity = {name: value for name, value in vars(options).items() if name not in MAY_CHANGE}
-    identity |= {"data": data.get("name"), "classes": [*data["classes"]]}
-    counts = {f"number of {split} images": len(data[split]) for split in ("train", "test")}
-    return identity | counts
-
-
-def initial_params(options, num_classes):
-    """What a run starts from: what --pretrained names, or random params. Raises BadInput."""
-    if options.pretrained == "none":
-        compiled = jax.jit(init_params, static_argnums=(1, 2, 3))  # as one program
-        key = jax.random.key(options.seed)
-        params = jax.device_get(compiled(key, options.model, options.image_size, num_classes))
-    else:
-        params, _ = load_pretrained(options)
-    return adapt(params, options.image_size, num_classes)
-
-
 def save_run(options, run, state):
     """Writes checkpoint.npz: params, and everything else that `start_or_resume` needs."""
     if jax.process_index() == 0:
-        more = {"train/run": json.dumps(run), "train/step": state["step"]}
+        more = {"class_names": run["identity"]["classes"], "train/step": state["step"]}
+        more["train/run"] = json.dumps(run)
         for i, leaf in enumerate(jax.tree.leaves(jax.device_get(state["momentum"]))):
             more[f"train/momentum_{i}"] = leaf.astype(np.float32)  # an .npz has no bfloat16
-        more["class_names"] = run["identity"]["classes"]
         save_checkpoint(f"{options.logdir}/checkpoint.npz", state["params"], **more)
-
-
-def replicate(tree):
-    """Copies arrays to all devices of all hosts, so that pmap does not copy them in each call."""
-    mesh = jax.sharding.Mesh(jax.devices(), "devices")
-    return jax.device_put(tree, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
 
 
 def join_hosts(options):
@@ -1150,18 +1130,9 @@ def join_hosts(options):
     multihost_utils.sync_global_devices("all hosts are here")
 
 
-def same_on_all_hosts(values):
-    """Raises BadInput, on every host, naming which of the values differ between hosts."""
-    names = [name for name in values if name not in PER_HOST]
-    digests = np.uint32([zlib.crc32(repr(values[name]).encode()) for name in names])
-    for name, column in zip(names, multihost_utils.process_allgather(digests).T, strict=True):
-        require(len({*column.tolist()}) == 1, f"the hosts differ in {name}, here {values[name]}")
-
-
-# ------------------------------------------------------------------------------------- 9. Datasets
+# -------------------------------------------------------------------------------------- 9. Datasets
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # which Pillow decodes itself
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 KRIZ = "https://www.cs.toronto.edu/~kriz/"
 CIFAR = {  # SHA-256 of the authors' archives
     "cifar10": "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
@@ -1198,20 +1169,16 @@ def cifar(name, options):
     A record is a label byte (in CIFAR-100 a coarse and a fine one), then 32 x 32 bytes of red, of
     green and of blue. Raises BadInput.
     """
-    url = f"{KRIZ}{name.replace('cifar', 'cifar-')}-binary.tar.gz"
-    label_bytes = 1 if name == "cifar10" else 2
 
     def read_archive(path):
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        require(
-            digest == CIFAR[name],
-            f"{path} is damaged: its SHA-256 is wrong; delete it if it is there",
-        )
+        require(digest == CIFAR[name], f"{path} is damaged, its SHA-256 is {digest}: delete it")
         with tarfile.open(path) as archive:
-            members = [member for member in archive if member.isfile()]
-            return {Path(x.name).name: archive.extractfile(x).read() for x in members}
+            return {Path(x.name).name: archive.extractfile(x).read() for x in archive if x.isfile()}
 
+    url = f"{KRIZ}{name.replace('cifar', 'cifar-')}-binary.tar.gz"
+    label_bytes = 1 if name == "cifar10" else 2
     files = fetch([url], options, read_archive)
 
     def records(*starts):  # of files with these prefixes: uint8 [n, label_bytes + 3072]
@@ -1224,8 +1191,8 @@ def cifar(name, options):
 
     train, test = records("data_batch", "train"), records("test")
     train = train[: round(0.98 * len(train))]
-    names = files["batches.meta.txt" if name == "cifar10" else "fine_label_names.txt"]
-    return {"classes": names.decode().split(), "train": train, "test": test, "read": read}
+    classes = files.get("batches.meta.txt") or files["fine_label_names.txt"]
+    return {"classes": classes.decode().split(), "train": train, "test": test, "read": read}
 
 
 def image_folder(root):
@@ -1235,9 +1202,11 @@ def image_folder(root):
     files. Raises BadInput.
     """
 
+    kinds = Image.registered_extensions()  # {".jpg": "JPEG", ...}
+
     def find(folder):  # [(class, path)]
         names = sorted(glob.glob("*/**", root_dir=f"{root}/{folder}", recursive=True))
-        images = [name for name in names if name.lower().endswith(ENDINGS)]
+        images = [name for name in names if kinds.get(Path(name).suffix.lower()) in FORMATS]
         return [(Path(name).parts[0], f"{root}/{folder}/{name}") for name in images]
 
     def read(item):
@@ -1257,38 +1226,23 @@ def image_folder(root):
     return {"classes": classes, "train": train, "test": test, "read": read}
 
 
-def tfds_builder(name, options):
-    """TFDS's builder of a dataset, which is prepared as ArrayRecord in options.data_dir.
+def tfds_dataset(name, options):
+    """A TFDS dataset, read as ArrayRecord, which does not need TensorFlow, unlike preparing it.
 
-    To prepare one takes TensorFlow; if it is not installed, the message says what to run where it
-    is. Raises BadInput.
+    Raises BadInput; if it is not prepared in options.data_dir, with the command that does that.
     """
     import tensorflow_datasets as tfds  # only here: importing it takes longer than JAX
 
     logging.getLogger("absl").setLevel(logging.ERROR)  # it warns of folders that TFDS itself made
     where = {"data_dir": os.path.expanduser(options.data_dir), "file_format": "array_record"}
-    command = f"import tensorflow_datasets as t; t.builder('{name}', **{where})"
     try:
         builder = tfds.builder(name, **where)
     except (ValueError, AssertionError) as error:
-        why = " ".join(re.findall("^.*|Did you mean.*", str(error)))  # first line, and TFDS's guess
+        why = str(error).partition("\n")[0]
         raise BadInput(f"{name} is not a file, a folder or a dataset: {why}") from error
-    if not builder.is_prepared():
-        possible = importlib.util.find_spec("tensorflow")
-        run = f'python -c "{command}.download_and_prepare()"'
-        require(possible, f"{name} must be prepared where TensorFlow is installed: {run}")
-        try:
-            builder.download_and_prepare()
-        except AssertionError as error:  # ImageNet's archives, for example, are not downloaded
-            raise BadInput(f"cannot prepare {name}: {error}") from error
-    return builder
-
-
-def tfds_dataset(name, options):
-    """A TFDS dataset, read as ArrayRecord, which does not need TensorFlow. Raises BadInput."""
-    builder = tfds_builder(name, options)
-    import tensorflow_datasets as tfds
-
+    command = f"t.builder('{name}', **{where}).download_and_prepare()"
+    run = f'python -c "import tensorflow_datasets as t; {command}"'
+    require(builder.is_prepared(), f"{name} must be prepared, once, with TensorFlow: {run}")
     features, splits = dict(builder.info.features), builder.info.splits
     classes = getattr(features.get("label"), "names", None)
     require(classes and "image" in features, f"{name} is not for image classification")
@@ -1320,7 +1274,7 @@ def load_data(name, options):
     return data | {"name": name}
 
 
-# -------------------------------------------------------------------------------------- 10. Photos
+# --------------------------------------------------------------------------------------- 10. Photos
 
 
 def attention_rollout(weights):
@@ -1364,7 +1318,7 @@ def classify(options, photos):
             say(f"{probabilities[label]:8.2%}  {names[label] if names is not None else label}")
 
 
-# -------------------------------------------------------------------------------- 11. Command line
+# --------------------------------------------------------------------------------- 11. Command line
 
 PRESETS = {  # defaults of some datasets
     "digits": {
