@@ -365,7 +365,10 @@ def test_dropout_zeroes_its_share_and_keeps_the_mean():
     assert abs((x == 0).mean() - 0.3) < 0.01 and abs(x.mean() - 1) < 0.01
 
 
-def test_fused_attention_and_its_gradients_equal_attention_written_out():
+def test_fused_attention_and_its_gradients_equal_attention_written_out(monkeypatch):
+    on_a_cpu = functools.partial(jax.nn.dot_product_attention, implementation="xla")
+    on_a_cpu = lambda *qkv, implementation, attend=on_a_cpu, **more: attend(*qkv, **more)  # noqa: E731
+    monkeypatch.setattr(jax.nn, "dot_product_attention", on_a_cpu)
     *qkv, direction = np.random.RandomState(0).standard_normal((4, 2, 17, 4, 8)).astype(np.float32)
 
     def written_out(q, k, v):
@@ -373,7 +376,7 @@ def test_fused_attention_and_its_gradients_equal_attention_written_out():
         return jnp.einsum("baqk,bkah->bqah", powers / powers.sum(axis=-1, keepdims=True), v)
 
     results = []
-    for attend in (written_out, functools.partial(vit.fused_attention, implementation="xla")):
+    for attend in (written_out, vit.fused_attention):
         values, backward = jax.vjp(jax.jit(attend), *qkv)
         results.append((values, backward(direction)))
     all_close(*results, 1e-6)
@@ -582,10 +585,12 @@ def test_a_label_without_a_class_is_refused(label):
 
 def test_hosts_devices_and_parts_share_out_every_place_of_a_batch_in_order(monkeypatch):
     monkeypatch.setattr(jax, "local_device_count", lambda: 2)
-    assert vit.host_places(8, 2).tolist() == [[[0, 1], [2, 3]], [[4, 5], [6, 7]]]
+    assert vit.batch_positions(8, 2).tolist() == [[[0, 1], [2, 3]], [[4, 5], [6, 7]]]
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(jax, "process_index", mock.Mock(side_effect=(0, 1)))
-    assert np.ravel([vit.host_places(16, 2), vit.host_places(16, 2)]).tolist() == [*range(16)]
+    assert np.ravel([vit.batch_positions(16, 2), vit.batch_positions(16, 2)]).tolist() == [
+        *range(16)
+    ]
 
 
 def test_batches_come_in_order_and_whole():
@@ -624,8 +629,10 @@ def test_pictures_are_learned_and_each_update_and_evaluation_is_in_metrics(learn
 
 def test_the_first_two_updates_the_due_and_the_last_have_a_line_of_progress(learned, tmp_path):
     out = output_of(f"{learned[1]} --log_every=20 --logdir={tmp_path}")
-    first, *lines = re.findall(r"^step (\d+)/30  loss [\d.]+  lr \S+  (.*)$", out, re.M)
-    assert first[0] == "1" and [step for step, _ in lines] == ["2", "20", "30"]
+    assert re.search(r"^compiling an update of 16 images of 16 x 16 pixels \.\.\.$", out, re.M)
+    assert re.search(r"^compiled and computed the first update in \d+ s$", out, re.M)
+    lines = re.findall(r"^step (\d+)/30  loss [\d.]+  lr \S+  (.*)$", out, re.M)
+    assert [step for step, _ in lines] == ["2", "20", "30"]
     assert all(re.fullmatch(r"[\d.]+ images/s  \d+ s left", rest) for _, rest in lines)
     assert out.count("test accuracy 100.00% of 10 images\n") == 2
 
@@ -740,7 +747,7 @@ def test_folders_whose_runs_have_one_name_do_not_resume_each_other(tmp_path, cap
 
 
 def test_all_options_but_a_few_and_the_data_are_part_of_what_a_run_is(tmp_path):
-    free = "accum_steps remat log_every eval_every eval_only logdir data_dir"
+    free = "accum_steps remat log_every eval_every logdir data_dir"
     free += " coordinator_address num_processes process_id"
     assert sorted(vit.MAY_CHANGE) == sorted(free.split())
     data, first = numbers(5) | {"name": "numbers"}, vit.Options(logdir=str(tmp_path))
@@ -748,6 +755,7 @@ def test_all_options_but_a_few_and_the_data_are_part_of_what_a_run_is(tmp_path):
     vit.save_run(first, run, {"params": params, "momentum": vit.sgd_init(params), "step": 3})
     other = {"model": "ViT-S_16", "dtype": "bfloat16", "decay_type": "linear", "augment": "none"}
     other |= {"dropout": 0.5, "pretrained": "x", "coordinator_address": "x", "data_dir": "x"}
+    other["process_id"] = 0  # nothing else is below the number of processes
     for name, value in vars(first).items():
         new = other.get(name, value if name == "logdir" else value + type(value)(1))
         changed = dataclasses.replace(first, **{name: new})
@@ -1274,7 +1282,7 @@ def bad(tmp_path_factory):
     bad = {"pickled cls": np.array([{}], object), "registers registers": np.ones(1, "f")}
     bad |= {"half pre_logits/kernel": np.eye(64, dtype="f"), f"nan {BIAS}": np.full(64, np.nan)}
     bad |= {f"misshapen {BIAS}": np.zeros(7, "f"), f"heads {QUERY}": np.ones((64, 9, 1), "f")}
-    bad |= {f"ints {BIAS}": np.zeros(64, int), f"huge {BIAS}": np.full(64, 1e300)}
+    bad |= {f"ints {BIAS}": np.zeros(64, int)}
     bad |= {"names class_names": np.array(["cat"]), "others class_names": np.array([*"ab"])}
     for names, array in (bad | {"good cls": flat["cls"]}).items():
         file, name = names.split()
@@ -1283,10 +1291,8 @@ def bad(tmp_path_factory):
     np.savez(root / "missing.npz", **{k: v for k, v in flat.items() if k != BIAS})
     np.savez(root / "gap.npz", **{k.replace("k_1/", "k_2/"): v for k, v in flat.items()})
     good = (root / "good.npz").read_bytes()
-    for name, data in (("empty", b""), ("text", b"hello"), ("cut", good[:-9000]), ("twice", good)):
+    for name, data in (("empty", b""), ("text", b"hello"), ("cut", good[:-9000])):
         (root / f"{name}.npz").write_bytes(data)
-    with zipfile.ZipFile(root / "twice.npz", "a") as file, pytest.warns(UserWarning):
-        file.writestr("cls.npy", file.read("cls.npy"))
     shutil.copy(root / "good.npz", root / "checkpoint.npz")
     for name in ("good", "one", "unknown", "cut_image"):
         picture_folder(root / name, classes=("cat", "dog")[: 1 if name == "one" else 2])
@@ -1312,12 +1318,12 @@ BAD_COMMANDS = """ digits --modle=ViT-B_16: --modle | digits --model=ViT-Q_16: V
     digits --eval_only --pretrained=good.npz: good.npz | good --pretrained=pickled.npz: allow_pickle
     good --pretrained=registers.npz: registers | good --pretrained=half.npz: pre_logits/bias
     good --pretrained=misshapen.npz: (7,) | good --pretrained=nan.npz: LayerNorm_2/bias
-    good --pretrained=ints.npz: LayerNorm_2/bias | good --pretrained=huge.npz: LayerNorm_2/bias
+    good --pretrained=ints.npz: LayerNorm_2/bias
     good --pretrained=heads.npz: heads.npz | x.png --pretrained=names.npz: names.npz
     good --pretrained=empty.npz: empty.npz | good --pretrained=text.npz: text.npz
     good --pretrained=cut.npz: cut.npz | good --pretrained=nothing.npz: nothing.npz
     good --pretrained=gap.npz: encoderblock_1 | good --pretrained=missing.npz: LayerNorm_2/bias
-    good --pretrained=twice.npz: two arrays | good --pretrained=good.npz --image_size=7: size=7
+    good --pretrained=good.npz --image_size=7: size=7
     good --pretrained=others.npz --eval_only: other classes | good --pretrained=: No such file
     good --pretrained=http://127.0.0.1:9/v.npz --data_dir=cache: http://127.0.0.1:9/v.npz
     CIFAR10: CIFAR10 | no_images: no_images | nothere.jpg: nothere.jpg | one: 'cat'
@@ -1374,7 +1380,7 @@ def test_the_readme_names_the_lines_where_parts_begin_and_shows_code_as_it_is():
     found = re.findall(r"(\d+\. [A-Z][\w, ]+?) \((\d+)\)", " ".join(README.split()))
     lines = source.splitlines()
     heads = [(x.strip("# -"), str(i)) for i, x in enumerate(lines, 1) if x.startswith("# -----")]
-    assert found == heads and len(heads) == 11
+    assert found == heads and len(heads) == 12
     [shown] = re.findall(r"```python\n(.*?)```", README, re.S)
     assert shown in source
 
@@ -1399,4 +1405,6 @@ def test_the_recipes_of_the_readme_run(tmp_path, monkeypatch, capsys):
     wrong = names["probabilities"].argmax(1) != names["test_labels"]
     sure = names["probabilities"].max(1)[names["surest"]]
     assert wrong[names["surest"]].all() and sure[0] == names["probabilities"].max(1)[wrong].max()
-    assert "train/momentum_47" in vit.read_arrays("runs/adamw/checkpoint.npz")  # two of each array
+    assert "train/momentum/1/head/kernel" in vit.read_arrays(
+        "runs/adamw/checkpoint.npz"
+    )  # two of each array

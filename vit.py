@@ -13,8 +13,9 @@ was published with it, google-research/vision_transformer ("the release"). Run i
     python vit.py cifar10      # fine-tunes the released ViT-B/16 on CIFAR-10
     python vit.py photo.jpg --pretrained=runs/cifar10/checkpoint.npz
 
-Parts 1 to 4 are the lesson: model, learning, examples, training. Parts 5 to 11 are what a real
-program also needs: options, files, checkpoints, runs and hosts, datasets, photos, the command line.
+Parts 1 to 5 are the lesson: model, learning, messages, examples, training. Parts 6 to 12 are what
+a real program also needs: options, files, checkpoints, runs and hosts, datasets, photos, the
+command line.
 
 Shapes are written with these letters: B images of H x W pixels, patches of P x P pixels, N tokens
 (one for each patch, and the class token) of width D, L blocks, A attention heads of E = D/A
@@ -68,9 +69,10 @@ init = jax.nn.initializers
 to_heads = init.xavier_uniform(in_axis=1, out_axis=(2, 3), batch_axis=0)
 from_heads = init.xavier_uniform(in_axis=(1, 2), out_axis=3, batch_axis=0)
 in_mlp = init.xavier_uniform(in_axis=1, out_axis=2, batch_axis=0)
-# All parameters: the name in the released checkpoints, the shape, the initial distribution (None:
-# only loaded). In a checkpoint each block has its own arrays, encoderblock_0 and so on; here they
-# are stacked, [L, ...].
+# All parameters: the name in the released checkpoints; the shape, a letter for each axis, 1 and 3
+# standing for themselves; the initial distribution, or None for what is only ever loaded. In a
+# checkpoint each block has arrays of its own, in encoderblock_0 and so on; here they are stacked,
+# [L, ...]. `init_params` makes what this table says, and `to_params` checks that a file holds it.
 PARAMETERS = {
     "embedding/kernel": ("PP3D", init.lecun_normal((0, 1, 2))),
     "embedding/bias": ("D", init.zeros),
@@ -142,7 +144,7 @@ def patch_embedding(images, kernel, bias):
     return linear(x, kernel, bias)  # [B, N-1, D]
 
 
-def fused_attention(q, k, v, implementation="cudnn"):
+def fused_attention(q, k, v):
     """What `attention` computes from q, k and v, [B, N, A, E] each, in a single GPU kernel.
 
     The N x N weights never leave the chip; on a GPU, moving them is what limits the plain form. The
@@ -150,8 +152,9 @@ def fused_attention(q, k, v, implementation="cudnn"):
     """
     b, n, _, _ = q.shape
     q, k, v = (jnp.pad(x, ((0, 0), (0, -n % 8), (0, 0), (0, 0))) for x in (q, k, v))
-    real = {"key_value_seq_lengths": jnp.full(b, n, jnp.int32)}  # the others are masked
-    return jax.nn.dot_product_attention(q, k, v, implementation=implementation, **real)[:, :n]
+    lengths = jnp.full(b, n, jnp.int32)  # keys and values from the n-th on are masked
+    y = jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths, implementation="cudnn")
+    return y[:, :n]
 
 
 def attention(x, query, key, value, out, return_weights=False):
@@ -166,7 +169,7 @@ def attention(x, query, key, value, out, return_weights=False):
     q = linear(x, **query).reshape(b, n, heads, size)  # [B, N, D] -> [B, N, A, E]
     k = linear(x, **key).reshape(b, n, heads, size)
     v = linear(x, **value).reshape(b, n, heads, size)
-    on_nvidia = "NVIDIA" in jax.devices()[0].device_kind  # Ampere or later, as bfloat16 needs
+    on_nvidia = "NVIDIA" in jax.devices()[0].device_kind  # for bfloat16 we assume Ampere or later
     if on_nvidia and x.dtype == jnp.bfloat16 and not return_weights:
         y, weights = fused_attention(q, k, v), None
     else:
@@ -216,10 +219,10 @@ def forward(
     returned. Raises TypeError if the number of patches does not fit the position embeddings.
 
     For the gradient, JAX by default keeps everything that the forward pass computed. Here each
-    block keeps only its input and the outputs of its linear layers, and the backward pass computes
-    the rest again: norms, softmax, GELU and dropout masks, because that is cheaper than writing
-    them to memory and reading them back, and the attention (the fused kernel, too), because its
-    weights are N x N. With remat a block keeps only its input, and is computed again as a whole.
+    block keeps only its input and the products with its kernels. The backward pass computes the
+    rest again: norms, biases, softmax, GELU and dropout masks, because that is cheaper than moving
+    them to memory and back, and the attention, because its weights are N x N (the fused kernel is
+    run again, too). With remat a block keeps only its input, and is computed again as a whole.
     """
     encoder = params["Transformer"]
     blocks = encoder["encoderblock"]  # the arrays of all L blocks are stacked: [L, ...]
@@ -227,27 +230,26 @@ def forward(
     cls = jnp.repeat(params["cls"].astype(x.dtype), len(images), axis=0)  # [B, 1, D]
     x = jnp.concatenate([cls, x], axis=1)  # [B, N, D]
     x = x + encoder["posembed_input"]["pos_embedding"].astype(x.dtype)
-    first_key, block_keys = None, None  # None is a pytree without leaves: scan passes it through
+    input_key, block_keys = None, None  # None is a pytree without leaves: scan passes it through
     if dropout_key is not None:
         keys = jax.random.split(dropout_key, 1 + len(blocks["LayerNorm_0"]["scale"]))
-        first_key, block_keys = keys[0], keys[1:]  # [L]
-    x = dropout(x, first_key, dropout_rate)
+        input_key, block_keys = keys[0], keys[1:]  # [L]
+    x = dropout(x, input_key, dropout_rate)
 
     def apply_block(x, block_and_key):
         block, block_key = block_and_key
         return encoder_block(x, block, block_key, dropout_rate, return_attention)
 
-    # With remat save nothing inside a block; otherwise save the products with kernels, which JAX
-    # recognises: they have no batch dimensions, unlike those of attention, one for each image and
-    # head. (prevent_cse=False: inside scan, says JAX's documentation, XLA does not merge the
-    # computation in the backward pass with the original, so that no protection is needed.)
+    # A kernel is the same for all images, so its product has no batch dimensions; the products of
+    # attention, one for each image and head, have two. The policy saves only the first kind.
+    # (prevent_cse=False: inside scan, says JAX's documentation, this protection is not needed.)
     policies = jax.checkpoint_policies
     keep = policies.nothing_saveable if remat else policies.dots_with_no_batch_dims_saveable
     apply_block = jax.checkpoint(apply_block, policy=keep, prevent_cse=False)
     # scan applies it to slice after slice of the stacked blocks, carrying x along. A Python loop
     # would do the same, but XLA would have to compile every block by itself.
     x, weights = jax.lax.scan(apply_block, x, (blocks, block_keys))
-    x = layer_norm(x, **encoder["encoder_norm"])[:, 0]  # the class token: [B, D]
+    x = layer_norm(x[:, 0], **encoder["encoder_norm"])  # the class token (paper, eq. 4): [B, D]
     if "pre_logits" in params:  # in the checkpoints of the paper that know ImageNet-21k's classes
         x = jnp.tanh(linear(x, **params["pre_logits"]))
     logits = linear(x.astype(jnp.float32), **params["head"])  # [B, D] -> [B, K]
@@ -291,6 +293,11 @@ def image_size_of(params):
     return round((tokens - 1) ** 0.5) * params["embedding"]["kernel"].shape[0]
 
 
+def num_classes_of(params):
+    """The number of classes, 0 without a head."""
+    return params["head"]["bias"].size if "head" in params else 0
+
+
 # -------------------------------------------------------------------------------------- 2. Learning
 
 
@@ -304,14 +311,14 @@ def cross_entropy(logits, targets):
     return -(targets * jax.nn.log_softmax(logits)).sum(axis=-1).mean()
 
 
-def mixup(images, targets, share):
-    """share * batch + (1 - share) * reversed batch (arXiv 1710.09412).
+def mixup(images, targets, lam):
+    """lam * batch + (1 - lam) * reversed batch (arXiv 1710.09412).
 
     images [B, ...] and targets [B, K] are blended alike. B is the micro-batch of one device,
     which must be more than 1, or an image would only be blended with itself. In training, one
-    share is drawn per update.
+    lam is drawn per update.
     """
-    return tuple(share * x + (1 - share) * x[::-1] for x in (images, targets))
+    return tuple(lam * x + (1 - lam) * x[::-1] for x in (images, targets))
 
 
 def learning_rate(step, base_lr, total_steps, warmup_steps, decay_type="cosine"):
@@ -338,14 +345,14 @@ def sgd_init(params):
     return jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.bfloat16), params)
 
 
-def sgd_update(params, momentum, grads, rate, decay=0.9):
+def sgd_update(params, momentum, grads, rate, beta=0.9):
     """SGD with momentum, not Nesterov, without weight decay: returns new params and momentum.
 
-    As in the release, momentum is stored in bfloat16 and rounded twice: decay * momentum is
+    As in the release, momentum is stored in bfloat16 and rounded twice: beta * momentum is
     computed in bfloat16 (0.9 rounds to 0.8984), and the new sum is rounded when it is stored. The
     sum itself and the update are float32. (In compiled code XLA may leave out the first rounding.)
     """
-    decayed = jax.tree.map(lambda m: decay * m, momentum)
+    decayed = jax.tree.map(lambda m: beta * m, momentum)
     total = jax.tree.map(jnp.add, decayed, grads)  # bfloat16 + float32 is float32
     params = jax.tree.map(lambda p, t: p - rate * t, params, total)
     momentum = jax.tree.map(lambda m, t: t.astype(m.dtype), momentum, total)
@@ -353,9 +360,10 @@ def sgd_update(params, momentum, grads, rate, decay=0.9):
 
 
 # `pmap` compiles a function once and runs it on all devices at the same time. in_axes says what
-# each device is given: 0, its own slice along the first axis; None, everything. out_axes=None
-# returns the result of one device, for they all compute the same. (`jit` with sharded arrays can do
-# this, too, but leaves to the compiler where devices communicate; here one can see it.)
+# each device is given of the four arguments below: 0, its own slice along the first axis; None, all
+# of it. out_axes=None says that all devices return the same: it stays on each of them, and looks
+# like one array. (`jit` with sharded arrays leaves to the compiler where devices communicate; here
+# one can see it, as with `shard_map`, on which pmap is built.)
 ON_ALL_DEVICES = {"axis_name": "devices", "in_axes": (None, 0, 0, None), "out_axes": None}
 
 
@@ -365,7 +373,7 @@ def train_step(state, images, labels, options):
 
     state: a dict of params, momentum and step (int32 [], the number of updates before this one).
     images: uint8 [accum_steps, B, H, W, 3], labels: int32 [accum_steps, B]; the caller adds a first
-    axis, of devices, to both. options: an `Options` (part 5). Random keys derive from seed and
+    axis, of devices, to both. options: an `Options` (part 6). Random keys derive from seed and
     step: `mixup_key, dropout_key = split(fold_in(key(seed), step))`.
 
     A static argument is a constant of the compiled function. A donated one gives its memory to the
@@ -381,10 +389,10 @@ def train_step(state, images, labels, options):
 
     def loss_of(params, images, labels, dropout_key):
         images = to_pixels(images)
-        targets = jax.nn.one_hot(labels, params["head"]["bias"].size)
+        targets = jax.nn.one_hot(labels, num_classes_of(params))
         if options.mixup_alpha:
-            share = jax.random.beta(mixup_key, options.mixup_alpha, options.mixup_alpha)
-            images, targets = mixup(images, targets, share)
+            lam = jax.random.beta(mixup_key, options.mixup_alpha, options.mixup_alpha)
+            images, targets = mixup(images, targets, lam)
         images = images.astype(options.dtype)
         logits = forward(params, images, dropout_key, options.dropout, options.remat)
         return cross_entropy(logits, targets) / options.accum_steps
@@ -411,15 +419,11 @@ def eval_step(params, images, labels, dtype):
     Like `train_step`, it is called with an axis of devices: images uint8 [devices, B, H, W, 3] and
     labels [devices, B].
     """
-    guesses = forward(params, to_pixels(images, dtype)).argmax(axis=-1)
-    return jax.lax.psum((guesses == labels).sum(), "devices")
+    predictions = forward(params, to_pixels(images, dtype)).argmax(axis=-1)
+    return jax.lax.psum((predictions == labels).sum(), "devices")
 
 
-# -------------------------------------------------------------------------------------- 3. Examples
-
-ORDER, CROPS = 0, 1  # two streams of random numbers from one seed
-BILINEAR = Image.Resampling.BILINEAR
-POOL = ThreadPoolExecutor(os.cpu_count())  # reads images: Pillow does its work in parallel threads
+# -------------------------------------------------------------------------------------- 3. Messages
 
 
 class BadInput(ValueError):
@@ -430,6 +434,27 @@ def require(condition, message):
     """Raises BadInput with the message, unless the condition holds."""
     if not condition:
         raise BadInput(message)
+
+
+def say(line):
+    """Prints a line immediately, on the first host only."""
+    if jax.process_index() == 0:
+        print(line, flush=True)
+
+
+def duration(seconds):
+    """Seconds as people write them: 45 s, 12 min, 3 h 12 min."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+
+
+# -------------------------------------------------------------------------------------- 4. Examples
+
+ORDER, CROPS = 0, 1  # two streams of random numbers from one seed
+BILINEAR = Image.Resampling.BILINEAR
+POOL = ThreadPoolExecutor(os.cpu_count())  # reads images: Pillow does its work in parallel threads
 
 
 def to_array(image, size, box=None):
@@ -477,8 +502,8 @@ def training_example(data, options, image_size, index):
     return to_array(image, image_size, inception_crop(rng, *image.size)), label
 
 
-def host_places(batch_size, accum_steps=1):
-    """Which positions of a batch this host reads: int [local devices, accum_steps, images].
+def batch_positions(batch_size, accum_steps=1):
+    """Which examples of a batch this host reads: int [local devices, accum_steps, B].
 
     On one host with 2 devices, a batch of 8 in 2 parts: [[[0 1] [2 3]] [[4 5] [6 7]]].
     Raises BadInput if the batch cannot be divided.
@@ -493,45 +518,29 @@ def host_places(batch_size, accum_steps=1):
 
 
 def batches(example, indices, ahead=3):
-    """For each int array [...] of indices, yields uint8 [..., size, size, 3] and int32 labels.
+    """For each int array [...] of indices: uint8 [..., size, size, 3] and int32 labels [...].
 
     example(index) -> (image, label) runs in parallel threads, up to `ahead` batches in advance; its
     exceptions surface here.
     """
-    waiting = []
 
-    def finish():
-        shape, examples = waiting.pop(0)
+    def collect(shape, examples):
         images, labels = zip(*examples, strict=True)
-        images = np.stack(images)
-        return images.reshape(*shape, *images.shape[1:]), np.int32(labels).reshape(shape)
+        return np.stack(images).reshape(*shape, *images[0].shape), np.int32(labels).reshape(shape)
 
+    waiting = []
     for batch in indices:
         waiting.append((batch.shape, POOL.map(example, batch.ravel().tolist())))
         if len(waiting) > ahead:
-            yield finish()
-    while waiting:
-        yield finish()
+            yield collect(*waiting.pop(0))
+    for shape, examples in waiting:
+        yield collect(shape, examples)
 
 
-# -------------------------------------------------------------------------------------- 4. Training
+# -------------------------------------------------------------------------------------- 5. Training
 
 
 COLUMNS = ("step", "loss", "learning_rate", "images_per_second", "test_accuracy")  # of metrics.csv
-
-
-def say(line):
-    """Prints a line immediately, on the first host only."""
-    if jax.process_index() == 0:
-        print(line, flush=True)
-
-
-def duration(seconds):
-    """Seconds as people write them: 45 s, 12 min, 3 h 12 min."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
 def evaluate(params, data, options):
@@ -542,17 +551,17 @@ def evaluate(params, data, options):
     count, size, devices = len(data["test"]), image_size_of(params), jax.device_count()
 
     def example(i):
-        if i >= count:  # fills the last batch; label -1 never matches a guess
+        if i >= count:  # fills the last batch; label -1 never equals a prediction
             return np.zeros((size, size, 3), np.uint8), -1
         image, label = data["read"](data["test"][i])
         return to_array(image, size), label
 
     batch_size = devices * max(1, options.batch_size // options.accum_steps // devices)
-    places = host_places(batch_size)[:, 0]  # [local devices, images]
+    positions = batch_positions(batch_size)[:, 0]  # [local devices, B]: accum_steps is 1
     starts = range(0, count, batch_size)
     correct, start_time, reported = 0, time.perf_counter(), 0
-    feed = batches(example, (start + places for start in starts))
-    for start, (images, labels) in zip(starts, feed, strict=True):
+    images_and_labels = batches(example, (start + positions for start in starts))
+    for start, (images, labels) in zip(starts, images_and_labels, strict=True):
         correct += int(eval_step(params, images, labels, options.dtype))
         done, seconds = min(count, start + batch_size), time.perf_counter() - start_time
         if seconds - reported > 10:
@@ -562,29 +571,22 @@ def evaluate(params, data, options):
     return correct / count
 
 
-def progress(options, first):
-    """A function of (step, loss, learning rate) that prints a line and returns images per second.
+def report(options, step, loss, rate, seconds):
+    """Prints a line of progress. seconds: for one update on average, evaluations included."""
+    left = seconds * (options.total_steps - step)
+    line = f"step {step}/{options.total_steps}  loss {loss:.4f}  lr {rate:.2e}"
+    line += f"  {options.batch_size / seconds:.1f} images/s  {duration(left)} left"
+    if left > 3600 and jax.default_backend() == "cpu":
+        line += " (no GPU or TPU found; for a CPU: --model=ViT-Ti_16 --image_size=224)"
+    say(line)
 
-    first: the number of updates done before. Speed and time left are averages since the end of the
-    first update, which includes compilation; they count evaluations.
-    """
-    start_time, start_step = time.perf_counter(), first
 
-    def report(step, loss, rate):
-        nonlocal start_time, start_step
-        seconds = (time.perf_counter() - start_time) / (step - start_step)  # for one update
-        left = seconds * (options.total_steps - step)
-        speed = f"{options.batch_size / seconds:.1f} images/s  {duration(left)} left"
-        if step == first + 1:
-            start_time, start_step = time.perf_counter(), step
-            speed = f"compiled and computed in {duration(seconds)}"
-        say(f"step {step}/{options.total_steps}  loss {loss:.4f}  lr {rate:.2e}  {speed}")
-        if step == first + 2 and left > 3600 and jax.default_backend() == "cpu":
-            say("no GPU or TPU was found (for NVIDIA: pip install 'jax[cuda13]'); on a CPU try")
-            say("--model=ViT-Ti_16 --image_size=224 --total_steps=500 --warmup_steps=50")
-        return options.batch_size / seconds
-
-    return report
+def record(options, run, *row):
+    """Adds a row to the rows of run, which the next checkpoint will hold, and to metrics.csv."""
+    run["rows"].append(row)
+    if jax.process_index() == 0:
+        with open(f"{options.logdir}/metrics.csv", "a") as file:
+            print(*row, sep=",", file=file)
 
 
 def train(options, data):
@@ -592,63 +594,69 @@ def train(options, data):
 
     data: a dict of "classes" (K names), "train" and "test" (sequences of items), and "read", a
     function that turns an item into (Pillow image in RGB, label from 0 to K - 1). Writes
-    first_batch.png, metrics.csv and, after each evaluation, checkpoint.npz to options.logdir.
+    first_batch.png (eight examples), metrics.csv and, after each evaluation, checkpoint.npz to
+    options.logdir.
 
     Stop it however you like: Ctrl-C, kill, a power cut. Starting and resuming are the same call: it
     continues from checkpoint.npz if that exists, so that only updates since the last evaluation are
     done again. With the same options, devices and versions it ends with the same bits as a run that
     was never stopped (checked on CPUs). Raises BadInput.
     """
-    places = host_places(options.batch_size, options.accum_steps)  # [devices, accum_steps, images]
-    can_mix = places.shape[-1] > 1 or not options.mixup_alpha
+    positions = batch_positions(options.batch_size, options.accum_steps)
+    can_mix = positions.shape[-1] > 1 or not options.mixup_alpha
     require(can_mix, "--mixup_alpha needs two images at a time on each device: lower --accum_steps")
+    # From part 9: the state of train_step, and the rows of metrics.csv, of the checkpoint or new.
     state, run = start_or_resume(options, data)
     first, size = int(state["step"]), image_size_of(state["params"])
     example = functools.partial(training_example, data, options, size)
-    indices = (step * options.batch_size + places for step in range(first, options.total_steps))
-    os.makedirs(options.logdir, exist_ok=True)
     if jax.process_index() == 0:
+        os.makedirs(options.logdir, exist_ok=True)
         images = np.hstack([image for image, _ in map(example, range(8))])
         Image.fromarray(images).save(f"{options.logdir}/first_batch.png")
+        with open(f"{options.logdir}/metrics.csv", "w") as file:
+            for row in (COLUMNS, *run["rows"]):
+                print(*row, sep=",", file=file)
 
     def is_due(step, every):
         return step % every == 0 or step == options.total_steps
 
-    def record(*row):
-        run["rows"].append(row)
-        print(*row, sep=",", file=metrics, flush=True)
-
-    path = os.devnull if jax.process_index() else f"{options.logdir}/metrics.csv"
-    with open(path, "w") as metrics:
-        for row in (COLUMNS, *run["rows"]):
-            print(*row, sep=",", file=metrics)
-        loss, report = 0.0, progress(options, first)
-        for step, (images, labels) in enumerate(batches(example, indices), first + 1):
-            previous_loss = loss  # step counts this update, too
-            state, loss, rate = train_step(state, images, labels, options)
-            # This call returns before the update is computed. Waiting for the previous update, not
-            # this one, keeps the devices busy with at most two updates, one running and one queued.
-            jax.block_until_ready(previous_loss)
-            log = is_due(step, options.log_every)
-            if log or step <= first + 2:  # the first lines come as soon as they can
-                loss, rate = float(loss), float(rate)
-                require(math.isfinite(loss), f"the loss of step {step} is {loss}: lower --base_lr")
-                images_per_second = report(step, loss, rate)
-            if log:
-                record(step, loss, rate, images_per_second, "")
-            if is_due(step, options.eval_every):
-                record(step, "", "", "", evaluate(state["params"], data, options))
-                save_run(options, run, state)
+    indices = (step * options.batch_size + positions for step in range(first, options.total_steps))
+    loss, start_time = 0.0, time.perf_counter()
+    # From here on, step is the number of updates including the one that is being done.
+    for step, (images, labels) in enumerate(batches(example, indices), first + 1):
+        previous_loss = loss
+        state, loss, rate = train_step(state, images, labels, options)
+        # train_step returns before it has computed anything. Waiting for the previous update, not
+        # for this one, keeps the devices busy with at most two, one running and one queued.
+        jax.block_until_ready(previous_loss)
+        log = is_due(step, options.log_every)
+        if log or step == first + 2:  # the second update is the first that shows the speed
+            value, rate = float(loss), float(rate)
+            require(math.isfinite(value), f"the loss of step {step} is {loss}: lower --base_lr")
+            seconds = (time.perf_counter() - start_time) / max(1, step - first - 1)
+            report(options, step, value, rate, seconds)
+        if log:
+            record(options, run, step, value, rate, options.batch_size / seconds, "")
+        if step == first + 1:
+            jax.block_until_ready(loss)
+            seconds = time.perf_counter() - start_time
+            say(f"compiled and computed the first update in {duration(seconds)}")
+            start_time = time.perf_counter()  # the speed is that of all later updates
+        if is_due(step, options.eval_every):
+            record(options, run, step, "", "", "", evaluate(state["params"], data, options))
+            save_run(options, run, state)
     return jax.device_get(state["params"])
 
 
-# --------------------------------------------------------------------------------------- 5. Options
+# --------------------------------------------------------------------------------------- 6. Options
 
 
-def option(default, text, least=0, choices=None):
-    """A field of Options: its default, its line in --help, and which values are allowed: one of
-    choices, or numbers that are at least `least`."""
-    metadata = {"text": text, "least": least, "choices": choices}
+def option(default, help, minimum=0, choices=None):
+    """A field of Options, with its line in --help and the values that are allowed.
+
+    These are the choices, if there are any; of numbers, those from minimum to 2**31 - 1.
+    """
+    metadata = {"help": help, "minimum": minimum, "choices": choices}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -659,47 +667,55 @@ class Options:
     Raises BadInput if a value is not allowed.
     """
 
-    model: str = option("ViT-B_16", "ViT-SIZE_PATCH, of size XS, Ti, S, B, L or H")
+    model: str = option(
+        "ViT-B_16", "ViT-SIZE_PATCH, of size XS, Ti, S, B, L, H; a file decides for itself"
+    )
     pretrained: str = option("released", "released, none, or a checkpoint's file or address")
-    image_size: int = option(384, "side of the images, in whole patches; 0: as the checkpoint's")
+    image_size: int = option(384, "pixels, rounded down to whole patches; 0: as in the checkpoint")
     dtype: str = option("float32", "dtype of activations", choices=("float32", "bfloat16"))
-    batch_size: int = option(512, "images per update, over all devices and hosts", least=1)
-    accum_steps: int = option(8, "micro-batches per update", least=1)
-    total_steps: int = option(10_000, "number of updates", least=1)
+    batch_size: int = option(512, "images per update, over all devices and hosts", minimum=1)
+    accum_steps: int = option(8, "micro-batches per update", minimum=1)
+    total_steps: int = option(10_000, "number of updates", minimum=1)
     warmup_steps: int = option(500, "updates during which the learning rate rises")
     base_lr: float = option(0.03, "learning rate after the warm-up")
     decay_type: str = option("cosine", "decay of the rate", choices=("cosine", "linear"))
-    grad_norm_clip: float = option(1.0, "maximum global norm of the gradients", least=1e-9)
+    grad_norm_clip: float = option(1.0, "maximum global norm of the gradients", minimum=1e-9)
     dropout: float = option(0.0, "dropout rate")
     mixup_alpha: float = option(0.0, "blend images by Beta(alpha, alpha); 0: off")
     augment: str = option("inception", "random crops and flips", choices=("inception", "none"))
     seed: int = option(0, "random seed")
     logdir: str = option("runs", "folder of the run; on the command line runs/DATA")
     data_dir: str = option("~/tensorflow_datasets", "folder of datasets and downloads")
-    log_every: int = option(10, "updates between lines of progress", least=1)
-    eval_every: int = option(100, "updates between evaluations, and checkpoints", least=1)
+    log_every: int = option(10, "updates between lines of progress", minimum=1)
+    eval_every: int = option(
+        100, "updates between evaluations, each followed by a checkpoint", minimum=1
+    )
     eval_only: bool = option(False, "only evaluate the run, or --pretrained")
     remat: bool = option(False, "recompute blocks to save memory")
     coordinator_address: str = option("", "HOST:PORT of the first host, or auto")
-    num_processes: int = option(1, "number of hosts", least=1)
+    num_processes: int = option(1, "number of hosts", minimum=1)
     process_id: int = option(0, "rank of this host, from 0")
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            value, least = getattr(self, field.name), field.metadata["least"]
-            flag, choices = f"--{field.name}={value}", field.metadata["choices"]
+            name, value, choices = field.name, getattr(self, field.name), field.metadata["choices"]
             if choices:
-                require(value in choices, f"{flag} must be {' or '.join(choices)}")
+                require(value in choices, f"--{name}={value} must be {' or '.join(choices)}")
             elif field.type is not str:
-                require(least <= value < 2**31, f"{flag} must be a number of at least {least}")
+                fits = field.metadata["minimum"] <= value < 2**31
+                require(
+                    fits, f"--{name}={value} must be from {field.metadata['minimum']} to 2**31 - 1"
+                )
         known = re.fullmatch(r"ViT-(XS|Ti|S|B|L|H)_[1-9]\d*", self.model)
         require(known, f"--model={self.model}: models are named like ViT-B_16, see --help")
         require(self.dropout < 1, f"--dropout={self.dropout} must be below 1")
+        rank = f"--process_id={self.process_id} must be below --num_processes={self.num_processes}"
+        require(self.process_id < self.num_processes, rank)
         steps = f"--warmup_steps={self.warmup_steps} must be below --total_steps={self.total_steps}"
         require(self.warmup_steps < self.total_steps, steps)
 
 
-# ----------------------------------------------------------------------------------------- 6. Files
+# ----------------------------------------------------------------------------------------- 7. Files
 
 
 @contextlib.contextmanager
@@ -723,9 +739,9 @@ def atomic_write(path):
 def fetch(urls, options, read):
     """Downloads a file from the first of several addresses that works; returns read(its path).
 
-    The file is kept for the next time, under a name derived from the first address. read checks the
-    complete download before it gets that name: if read raises something, nothing is kept. Raises
-    BadInput if every address fails or is silent for 60 seconds.
+    The file is kept for the next time, under a name derived from the first address. It gets that
+    name only after read has accepted it; if read raises something, nothing is kept. Raises BadInput
+    if every address fails or is silent for 60 seconds.
     """
     digest = hashlib.sha256(urls[0].encode()).hexdigest()[:8]
     path = Path(options.data_dir, "downloads", f"{digest}-{Path(urls[0]).name}").expanduser()
@@ -742,14 +758,14 @@ def fetch(urls, options, read):
                 file.flush()  # for read, which opens it again
                 require(file.tell() >= size, f"it was cut off after {file.tell()} bytes")
                 content = read(file.name)
-            return content
+            return content  # here, after the with block, the file has its name
         except (OSError, http.client.HTTPException, BadInput) as error:
             failures.append(f"{url} ({error})")
             say(f"cannot fetch {failures[-1]}")
     raise BadInput(f"cannot fetch {' or '.join(failures)}; download it yourself to {path}")
 
 
-# ----------------------------------------------------------------------------------- 7. Checkpoints
+# ----------------------------------------------------------------------------------- 8. Checkpoints
 
 BUCKET = "https://storage.googleapis.com/vit_models/"
 HUB = "https://huggingface.co/timm/"
@@ -775,35 +791,44 @@ FINE_TUNED = {  # then on ImageNet, at 384 pixels
     "ViT-L_32": "vit_large_patch32_384.orig_in21k_ft_in1k",
     "ViT-L_16": "vit_large_patch16_384.augreg_in21k_ft_in1k",
 }
-NEWER_FLAX = {  # newer Flax code numbers and nests layers differently
+NEWER_FLAX = {  # newer Flax code numbers and nests layers differently: {its name: the released one}
     "opt/target/": "",
     "params/": "",
     "MultiHeadDotProductAttention_0/": "MultiHeadDotProductAttention_1/",
     "LayerNorm_1/": "LayerNorm_2/",
     "MlpBlock_0/": "MlpBlock_3/",
 }
-TIMM = {  # names in timm's files; those of a block come after blocks.0. and so on
+TIMM = {  # {name in timm: the name in PARAMETERS}; those of a block come after blocks.0. and so on
     "cls_token": "cls",
     "pos_embed": "Transformer/posembed_input/pos_embedding",
     "patch_embed.proj.weight": "embedding/kernel",
     "patch_embed.proj.bias": "embedding/bias",
-    "norm1.weight": "LayerNorm_0/scale",
-    "norm1.bias": "LayerNorm_0/bias",
-    "attn.qkv.weight": "MultiHeadDotProductAttention_1/qkv/kernel",
-    "attn.qkv.bias": "MultiHeadDotProductAttention_1/qkv/bias",
-    "attn.proj.weight": "MultiHeadDotProductAttention_1/out/kernel",
-    "attn.proj.bias": "MultiHeadDotProductAttention_1/out/bias",
-    "norm2.weight": "LayerNorm_2/scale",
-    "norm2.bias": "LayerNorm_2/bias",
-    "mlp.fc1.weight": "MlpBlock_3/Dense_0/kernel",
-    "mlp.fc1.bias": "MlpBlock_3/Dense_0/bias",
-    "mlp.fc2.weight": "MlpBlock_3/Dense_1/kernel",
-    "mlp.fc2.bias": "MlpBlock_3/Dense_1/bias",
+    "norm1.weight": "Transformer/encoderblock/LayerNorm_0/scale",
+    "norm1.bias": "Transformer/encoderblock/LayerNorm_0/bias",
+    "attn.query.weight": "Transformer/encoderblock/MultiHeadDotProductAttention_1/query/kernel",
+    "attn.query.bias": "Transformer/encoderblock/MultiHeadDotProductAttention_1/query/bias",
+    "attn.key.weight": "Transformer/encoderblock/MultiHeadDotProductAttention_1/key/kernel",
+    "attn.key.bias": "Transformer/encoderblock/MultiHeadDotProductAttention_1/key/bias",
+    "attn.value.weight": "Transformer/encoderblock/MultiHeadDotProductAttention_1/value/kernel",
+    "attn.value.bias": "Transformer/encoderblock/MultiHeadDotProductAttention_1/value/bias",
+    "attn.proj.weight": "Transformer/encoderblock/MultiHeadDotProductAttention_1/out/kernel",
+    "attn.proj.bias": "Transformer/encoderblock/MultiHeadDotProductAttention_1/out/bias",
+    "norm2.weight": "Transformer/encoderblock/LayerNorm_2/scale",
+    "norm2.bias": "Transformer/encoderblock/LayerNorm_2/bias",
+    "mlp.fc1.weight": "Transformer/encoderblock/MlpBlock_3/Dense_0/kernel",
+    "mlp.fc1.bias": "Transformer/encoderblock/MlpBlock_3/Dense_0/bias",
+    "mlp.fc2.weight": "Transformer/encoderblock/MlpBlock_3/Dense_1/kernel",
+    "mlp.fc2.bias": "Transformer/encoderblock/MlpBlock_3/Dense_1/bias",
     "norm.weight": "Transformer/encoder_norm/scale",
     "norm.bias": "Transformer/encoder_norm/bias",
     "head.weight": "head/kernel",
     "head.bias": "head/bias",
 }
+
+
+def block_name(name, i):
+    """What the array `name`, stacked in our params, is called in a checkpoint for block i."""
+    return name.replace("encoderblock/", f"encoderblock_{i}/")
 
 
 def read_safetensors(path):
@@ -840,33 +865,36 @@ def from_timm(arrays):
     `mlp`; DeiT, DINO and others of timm's with the exact one, which shifts their logits a little.
     """
     width = arrays["cls_token"].shape[-1]
-    heads = {d: heads for d, _, heads in SIZES.values()}.get(width, width // 64)
-    released = {}
+    heads = {d: a for d, _, a in SIZES.values()}.get(width, width // 64)
+    sizes = {"D": width, "A": heads, "E": width // heads}
+    split = {}
     for name, array in arrays.items():
+        if ".qkv." in name:  # [3D, D] or [3D]
+            for part, third in zip(("query", "key", "value"), np.split(array, 3), strict=True):
+                split[name.replace("qkv", part)] = third
+        else:
+            split[name] = array
+    released = {}
+    for name, array in split.items():
         block, layer = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.*)", name).groups()
         require(layer in TIMM, f"it has {name}, so it is another kind of model")
-        new_name = f"Transformer/encoderblock_{block}/" if block else ""
-        new_name += TIMM[layer]
+        letters, _ = PARAMETERS[TIMM[layer]]
         if array.ndim == 4:
             array = array.transpose(2, 3, 1, 0)  # [D, 3, P, P] -> [P, P, 3, D]
         elif array.ndim == 2:
             array = array.T  # [outputs, inputs] -> [inputs, outputs]
-        if layer == "attn.proj.weight":
-            array = array.reshape(heads, -1, width)
-        if layer.startswith("attn.qkv."):  # [3D] or [D, 3D] -> [..., 3, A, D/A]
-            array = array.reshape(*array.shape[:-1], 3, heads, -1)
-            for i, part in enumerate(("query", "key", "value")):
-                released[new_name.replace("qkv", part)] = array[..., i, :, :]
-        else:
-            released[new_name] = array
+        if "A" in letters:  # the heads get an axis of their own
+            array = array.reshape([sizes[letter] for letter in letters[1:]])
+        released[block_name(TIMM[layer], block)] = array
     return released
 
 
 def read_arrays(path):
     """{released name: array} of an .npz, or of a .safetensors as timm writes it.
 
-    The first bytes tell which it is. Nothing is unpickled, and the arrays of an .npz are checked
-    against their CRC-32. Raises BadInput, or OSError if there is no file.
+    The first bytes tell which it is, whatever the file is called. Nothing is unpickled, and the
+    arrays of an .npz are checked against their CRC-32. Raises BadInput, or OSError if there is no
+    file.
     """
     with open(path, "rb") as file:
         start = file.read(20)
@@ -874,23 +902,22 @@ def read_arrays(path):
         if not start.startswith(b"PK"):
             return from_timm(read_safetensors(path))
         with np.load(path) as file:
-            require(len({*file.files}) == len(file.files), "it has two arrays of one name")
-            return {name: np.asarray(file[name]) for name in file.files}
+            return dict(file)
     except Exception as error:  # damaged bytes raise a dozen types in zipfile, zlib, NumPy, json
         what = f"{path}, beginning with {start}, cannot be read as .npz or timm's .safetensors"
         raise BadInput(f"{what} ({str(error)[:200]})") from error
 
 
-def block_name(name, i):
-    """What the array `name`, stacked in our params, is called in a checkpoint for block i."""
-    return name.replace("encoderblock/", f"encoderblock_{i}/")
+def leaf_name(path):
+    """The place of a leaf in a pytree, as jax.tree_util gives it, as a name like "head/bias"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def to_released(params):
     """Params -> {released name: array}; the stacked blocks become encoderblock_0 and so on."""
     arrays = {}
     for path, leaf in jax.tree.leaves_with_path(params):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        name = leaf_name(path)
         if "/encoderblock/" in name:
             arrays |= {block_name(name, i): array for i, array in enumerate(leaf)}
         else:
@@ -909,24 +936,25 @@ def to_params(arrays, source):
     for name, array in arrays.items():
         for newer, released in NEWER_FLAX.items():
             name = name.replace(newer, released)
-        if not name.startswith(("opt/", "train/", "class_names")):
-            found[name] = array
-    layers = {name.split("/")[0] for name in found}
+        if name.startswith(("opt/", "train/", "class_names")):
+            continue
+        numbers = array.size and array.dtype.kind == "f" and np.isfinite(array).all()
+        require(numbers, f"{source}: {name} holds something other than finite numbers")
+        found[name] = np.asarray(array, np.float32)
     depth = sum(name.endswith("/LayerNorm_0/bias") for name in found)
     require(depth, f"{source} is not a Vision Transformer: it has no blocks")
-    sizes, params = {"1": 1, "3": 3}, {}  # the first array that has a letter fixes its size
+    layers = {name.split("/")[0] for name in found}
+    sizes, params = {"1": 1, "3": 3}, {}
 
     def take(name, letters):
         require(name in found, f"{source} has no {name}")
         array = found.pop(name)
+        # The first array that has a letter fixes its size: query/kernel, DAE, those of A and E.
         for letter, size in zip(letters, array.shape, strict=False):
             sizes.setdefault(letter, size)
         shape = tuple(sizes.get(letter) for letter in letters)
         require(array.shape == shape, f"{source}: {name} has the shape {array.shape}, not {shape}")
-        # The comparison is false for nan, and for numbers that float32 cannot hold.
-        finite = array.size and array.dtype.kind == "f" and abs(array).max() < 3e38
-        require(finite, f"{source}: {name} holds values other than finite numbers")
-        return array.astype(np.float32)
+        return array
 
     for name, (letters, _) in PARAMETERS.items():
         layer = name.split("/")[0]
@@ -949,29 +977,29 @@ def load_checkpoint(path):
     return to_params(read_arrays(path), path)
 
 
-def load_pretrained(options, released=PRE_TRAINED):
+def load_pretrained(options, fine_tuned=False):
     """The checkpoint that --pretrained names: params, and its class names, or None if it has none.
 
-    released: the table in which "released" is looked up. Raises BadInput.
+    fine_tuned: whether "released" is the model that was fine-tuned on ImageNet. Raises BadInput.
     """
     path, model = options.pretrained, options.model
-    urls = [path]
     if path == "released":
-        require(model in released, f"--model={model} is not released, only {', '.join(released)}")
-        urls = [f"{HUB}{released[model]}/resolve/main/model.safetensors"]
-        if ".orig_" in urls[0]:  # the authors' own file comes first
-            folder = "imagenet21k" if released is PRE_TRAINED else "imagenet21k+imagenet2012"
+        table, folder = PRE_TRAINED, "imagenet21k"
+        if fine_tuned:
+            table, folder = FINE_TUNED, "imagenet21k+imagenet2012"
+        require(model in table, f"--model={model} is not released, only {', '.join(table)}")
+        urls = [f"{HUB}{table[model]}/resolve/main/model.safetensors"]
+        if ".orig_" in table[model]:  # the authors' own file comes first
             urls = [f"{BUCKET}{folder}/{model}.npz", *urls]
-
-    def read(path):
-        arrays = read_arrays(path)
-        return to_params(arrays, path), arrays.get("class_names")
-
-    if urls[0].startswith(("http://", "https://")):
-        params, names = fetch(urls, options, read)
     else:
-        params, names = read(os.path.expanduser(path))
-    count = params["head"]["bias"].size if "head" in params else 0
+        urls = [path] if path.startswith(("http://", "https://")) else []
+
+    def load(file):
+        arrays = read_arrays(file)
+        return to_params(arrays, file), arrays.get("class_names")
+
+    params, names = fetch(urls, options, load) if urls else load(os.path.expanduser(path))
+    count = num_classes_of(params)
     fits = names is None or len(names) == count
     require(fits, f"{path} has class_names, but not one for each of its {count} classes")
     return params, names
@@ -1016,7 +1044,7 @@ def adapt(params, image_size, num_classes=None):
     require(grid, f"--image_size={image_size} is smaller than a patch of {patch} pixels")
     embeddings = encoder["posembed_input"]["pos_embedding"]
     encoder["posembed_input"] = {"pos_embedding": resize_position_embeddings(embeddings, grid)}
-    params = params | {"Transformer": encoder}
+    params = params | {"Transformer": encoder}  # a new dict: that of the caller stays as it is
     if num_classes:
         params.pop("pre_logits", None)
         kernel, bias = np.zeros((d, num_classes), np.float32), np.zeros(num_classes, np.float32)
@@ -1024,12 +1052,13 @@ def adapt(params, image_size, num_classes=None):
     return params
 
 
-# ----------------------------------------------------------------------- 8. Runs, devices and hosts
+# ----------------------------------------------------------------------- 9. Runs, devices and hosts
 
-# Several hosts run one process each, by the same command but for --process_id. A run is defined by
-# its options, except for those that may differ between hosts or may change when it is resumed.
-PER_HOST = ("coordinator_address", "num_processes", "process_id", "logdir", "data_dir")
-MAY_CHANGE = (*PER_HOST, "accum_steps", "remat", "log_every", "eval_every", "eval_only")
+# Several hosts run one process each, by the same command but for these options.
+PER_HOST = ("coordinator_address", "process_id", "logdir", "data_dir")
+# The others define a run, except for those that may change when it is resumed.
+MAY_CHANGE = (*PER_HOST, "num_processes", "accum_steps", "remat", "log_every", "eval_every")
+MOMENTUM = "train/momentum/"  # how the names of momentum begin in checkpoint.npz
 
 
 def identity_of(options, data):
@@ -1047,7 +1076,7 @@ def identity_of(options, data):
 def initial_params(options, num_classes):
     """What a run starts from: what --pretrained names, or random params. Raises BadInput."""
     if options.pretrained == "none":
-        compiled = jax.jit(init_params, static_argnums=(1, 2, 3))  # as one program
+        compiled = jax.jit(init_params, static_argnums=(1, 2, 3))  # faster than array by array
         key = jax.random.key(options.seed)
         params = jax.device_get(compiled(key, options.model, options.image_size, num_classes))
     else:
@@ -1070,11 +1099,11 @@ def replicate(tree):
 
 
 def start_or_resume(options, data):
-    """The state to continue from, on all devices, and the run: a dict of its "identity" and of the
-    "rows" of metrics.csv so far.
+    """The state to continue from, on all devices, and the run that it belongs to.
 
-    Resumes from checkpoint.npz in options.logdir, which must be of the same run and seen by all
-    hosts. If there is none, starts from what options.pretrained names. Raises BadInput.
+    A run is a dict of its "identity" and of the "rows" of metrics.csv so far. It resumes from
+    checkpoint.npz in options.logdir, which must be of the same run, and the same for all hosts. If
+    there is none, it starts from what options.pretrained names. Raises BadInput.
     """
     path, identity = f"{options.logdir}/checkpoint.npz", identity_of(options, data)
     if os.path.exists(path):
@@ -1086,10 +1115,10 @@ def start_or_resume(options, data):
             change = f"{path} belongs to another run: its {name} was {was}, not {value}"
             require(was == value, f"{change}; choose another --logdir")
         params = to_params(arrays, path)
-        like = jax.eval_shape(sgd_init, params)  # only its structure and dtypes, no arrays
-        leaves, tree = jax.tree.flatten(like)
-        momentum = tree.unflatten(
-            arrays[f"train/momentum_{i}"].astype(leaf.dtype) for i, leaf in enumerate(leaves)
+        # The structure and dtypes of momentum are those of sgd_init, its values those of the file.
+        momentum = jax.tree.map_with_path(
+            lambda place, leaf: arrays[MOMENTUM + leaf_name(place)].astype(leaf.dtype),
+            jax.eval_shape(sgd_init, params),
         )
     else:
         params = initial_params(options, len(data["classes"]))
@@ -1100,6 +1129,8 @@ def start_or_resume(options, data):
     if step < options.total_steps:
         size = image_size_of(params)
         say(f"compiling an update of {options.batch_size} images of {size} x {size} pixels ...")
+    else:
+        say("this run is complete; for its accuracy see metrics.csv, or add --eval_only")
     return replicate({"params": params, "momentum": momentum, "step": np.int32(step)}), run
 
 
@@ -1108,8 +1139,8 @@ def save_run(options, run, state):
     if jax.process_index() == 0:
         more = {"class_names": run["identity"]["classes"], "train/step": state["step"]}
         more["train/run"] = json.dumps(run)
-        for i, leaf in enumerate(jax.tree.leaves(jax.device_get(state["momentum"]))):
-            more[f"train/momentum_{i}"] = leaf.astype(np.float32)  # an .npz has no bfloat16
+        for place, leaf in jax.tree.leaves_with_path(jax.device_get(state["momentum"])):
+            more[MOMENTUM + leaf_name(place)] = leaf.astype(np.float32)  # .npz has no bfloat16
         save_checkpoint(f"{options.logdir}/checkpoint.npz", state["params"], **more)
 
 
@@ -1126,11 +1157,12 @@ def join_hosts(options):
     jax.config.update("jax_enable_preemption_service", False)  # it catches SIGTERM
     known = () if address == "auto" else (address, options.num_processes, options.process_id)
     jax.distributed.initialize(*known, initialization_timeout=300, heartbeat_timeout_seconds=100)
-    # The first collective times out after 30 seconds, so here is one before hosts load data.
+    # The first collective, and only that, fails if a host comes 30 seconds after the others, as may
+    # happen when they have loaded data. So here is one, while all are together.
     multihost_utils.sync_global_devices("all hosts are here")
 
 
-# -------------------------------------------------------------------------------------- 9. Datasets
+# ------------------------------------------------------------------------------------- 10. Datasets
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # which Pillow decodes itself
 KRIZ = "https://www.cs.toronto.edu/~kriz/"
@@ -1156,9 +1188,12 @@ def decode(file, name):
     """A path or file object -> Pillow image in RGB, upright. Raises BadInput, with the name."""
     try:
         with Image.open(file, formats=FORMATS) as image:
+            # Modes F and I: floats, and integers of 16 or 32 bits, which Pillow cuts off at 255.
             require(image.mode[0] not in "FI", "save it with 8 bits per channel")
             image = ImageOps.exif_transpose(image)
-            return image.convert("RGBA" if "transparency" in image.info else "RGB").convert("RGB")
+            if "transparency" in image.info:  # which is dropped, as the release does
+                image = image.convert("RGBA")  # Pillow warns of the direct way
+            return image.convert("RGB")
     except Exception as error:  # damaged bytes raise a dozen types in Pillow's decoders
         raise BadInput(f"cannot read the image {name} ({error})") from error
 
@@ -1209,12 +1244,9 @@ def image_folder(root):
         images = [name for name in names if kinds.get(Path(name).suffix.lower()) in FORMATS]
         return [(Path(name).parts[0], f"{root}/{folder}/{name}") for name in images]
 
-    def read(item):
-        name, path = item
-        return decode(path, path), classes.index(name)
-
-    train, test = find("train"), find("test") or find("val") or find("validation")
-    if not os.path.isdir(f"{root}/train"):
+    if os.path.isdir(f"{root}/train"):
+        train, test = find("train"), find("test") or find("val") or find("validation")
+    else:
         images = find(".")
         train, test = [x for i, x in enumerate(images) if i % 10], images[::10]
     classes, tested = (sorted({name for name, _ in items}) for items in (train, test))
@@ -1223,6 +1255,11 @@ def image_folder(root):
         f"{root} needs two or more classes, in {{train,test}}/CLASS/*.jpg (png, webp, ...) or in "
         f"CLASS/*.jpg, but has {classes[:9]} for training and {tested[:9]} for testing",
     )
+
+    def read(item):
+        name, path = item
+        return decode(path, path), classes.index(name)
+
     return {"classes": classes, "train": train, "test": test, "read": read}
 
 
@@ -1253,8 +1290,10 @@ def tfds_dataset(name, options):
     def read(example):
         return decode(io.BytesIO(example["image"]), f"in {name}"), int(example["label"])
 
-    labelled = [x for x in ("test", "validation") if x in splits and source(x)[0]["label"] >= 0]
-    train, test = ("train", labelled[0]) if labelled else ("train[:90%]", "train[90%:]")
+    train, test = "train[:90%]", "train[90%:]"
+    for split in ("validation", "test"):
+        if split in splits and source(split)[0]["label"] >= 0:  # some test splits hide labels as -1
+            train, test = "train", split
     if builder.name == "imagenet2012":  # as in the release
         train = "train[:99%]"
     return {"classes": classes, "train": source(train), "test": source(test), "read": read}
@@ -1274,7 +1313,7 @@ def load_data(name, options):
     return data | {"name": name}
 
 
-# --------------------------------------------------------------------------------------- 10. Photos
+# --------------------------------------------------------------------------------------- 11. Photos
 
 
 def attention_rollout(weights):
@@ -1294,14 +1333,18 @@ def attention_rollout(weights):
 
 
 def classify(options, photos):
-    """Prints the five likeliest classes of each photo and writes PHOTO-attention.png: the photo,
-    and the photo brightened where the class token attends. Raises BadInput."""
-    params, names = load_pretrained(options, FINE_TUNED)
-    require("head" in params, f"{options.pretrained} has no head: fine-tune it first")
-    if names is None and params["head"]["bias"].size == 1000:
+    """Prints the five likeliest classes of each photo, and writes PHOTO-attention.png.
+
+    It shows the photo, and beside it the photo, dark where the class token does not attend. Raises
+    BadInput.
+    """
+    params, names = load_pretrained(options, fine_tuned=True)
+    count = num_classes_of(params)
+    require(count, f"{options.pretrained} has no head: fine-tune it first")
+    if names is None and count == 1000:  # then they are assumed to be ImageNet's
         from tensorflow_datasets.datasets.siscore import labels
 
-        names = labels.IMAGENET_LABELS_LIST  # without names, 1,000 classes are assumed to be these
+        names = labels.IMAGENET_LABELS_LIST
     params = jax.device_put(adapt(params, options.image_size))
     model = jax.jit(functools.partial(forward, return_attention=True))
     for photo in photos:
@@ -1318,7 +1361,7 @@ def classify(options, photos):
             say(f"{probabilities[label]:8.2%}  {names[label] if names is not None else label}")
 
 
-# --------------------------------------------------------------------------------- 11. Command line
+# --------------------------------------------------------------------------------- 12. Command line
 
 PRESETS = {  # defaults of some datasets
     "digits": {
@@ -1347,8 +1390,10 @@ def flag_parser():
     text = "digits, cifar10, cifar100, a TFDS dataset, a folder of CLASS/*.jpg, or photos (digits)"
     parser.add_argument("data", metavar="DATA", nargs="*", default=["digits"], help=text)
     for field in dataclasses.fields(Options):
-        kind = {"action": "store_true"} if field.type is bool else {"type": field.type}
-        text = f"{field.metadata['text']} ({field.default})"
+        kind = {"type": field.type, "choices": field.metadata["choices"]}
+        if field.type is bool:
+            kind = {"action": "store_true"}
+        text = f"{field.metadata['help']} ({field.default})"
         parser.add_argument(f"--{field.name}", help=text, **kind)
     return parser
 
@@ -1356,7 +1401,8 @@ def flag_parser():
 def parse_options(argv):
     """The command line: [DATA or photos], and Options. Raises BadInput.
 
-    A flag counts more than the preset of a dataset, which counts more than the default.
+    A flag counts more than these defaults for what is to be done, which count more than those of
+    Options.
     """
     flags = vars(flag_parser().parse_intermixed_args(argv))
     paths = flags.pop("data")
@@ -1364,26 +1410,28 @@ def parse_options(argv):
     require(photos or len(paths) == 1, f"of {' '.join(paths)}, not all are image files")
     run_name = paths[0].strip("./").replace("/", "-")
     flags["logdir"] = os.path.expanduser(flags.get("logdir", f"runs/{run_name}"))
-    preset = PRESETS.get(paths[0], {})
-    if photos or "eval_only" in flags:  # nothing is trained: images of the checkpoint's size
-        preset = preset | {"image_size": 0}
-    if "eval_only" in flags and not photos:  # by default, of the run's own checkpoint
-        preset = preset | {"pretrained": f"{flags['logdir']}/checkpoint.npz"}
-    return paths, Options(**(preset | flags))
+    if photos:
+        defaults = {"image_size": 0}
+    elif "eval_only" in flags:
+        defaults = {"image_size": 0, "pretrained": f"{flags['logdir']}/checkpoint.npz"}
+    else:
+        defaults = PRESETS.get(paths[0], {})
+    return paths, Options(**(defaults | flags))
 
 
 def evaluate_only(options, data):
     """Evaluates what --pretrained names. Raises BadInput if its classes are not those of data."""
-    params, names = load_pretrained(options, FINE_TUNED)
-    count = params["head"]["bias"].size if "head" in params else 0
-    same = count == len(data["classes"]) and (names is None or [*names] == [*data["classes"]])
+    params, names = load_pretrained(options, fine_tuned=True)
+    classes = [*data["classes"]]
+    same = len(classes) == num_classes_of(params) if names is None else [*names] == classes
     require(same, f"{options.pretrained} has other classes than {data['name']}, or no head")
     same_on_all_hosts(vars(options) | identity_of(options, data))
     evaluate(replicate(adapt(params, options.image_size)), data, options)
 
 
 def main(argv=None):
-    """The command line: returns the exit status, 2 after bad input and 130 after Ctrl-C."""
+    """The command line. Returns the exit status: 0, or 130 after Ctrl-C, or 2 after what users can
+    mend, in both cases with one line on stderr."""
     try:
         paths, options = parse_options(argv)
         if options.coordinator_address or options.num_processes > 1:
@@ -1401,9 +1449,9 @@ def main(argv=None):
         status, line = 2, str(error)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
-            line = "out of memory; try a larger --accum_steps, --dtype=bfloat16, --remat"
+            line = "out of memory; try a larger --accum_steps, --remat, or --dtype=bfloat16"
         elif jax.distributed.is_initialized():
-            line = "another host has ended, or cannot be reached"
+            line = "another host may have ended, or cannot be reached"
         else:
             raise
         status, line = 2, f"{line} ({error})"
