@@ -44,6 +44,7 @@ import re
 import sys
 import tarfile
 import time
+import traceback
 import urllib.request
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -65,10 +66,12 @@ SIZES = {  # D, L, A: the paper, table 1; Ti and S: arXiv 2106.10270. In all of 
     "L": (1024, 24, 16),
     "H": (1280, 32, 16),
 }
-init = jax.nn.initializers
-to_heads = init.xavier_uniform(in_axis=1, out_axis=(2, 3), batch_axis=0)
-from_heads = init.xavier_uniform(in_axis=(1, 2), out_axis=3, batch_axis=0)
-in_mlp = init.xavier_uniform(in_axis=1, out_axis=2, batch_axis=0)
+init = (
+    jax.nn.initializers
+)  # below, for kernels [L, D, A, E], [L, A, E, D], and [L, inputs, outputs]
+heads_init = init.xavier_uniform(in_axis=1, out_axis=(2, 3), batch_axis=0)
+out_init = init.xavier_uniform(in_axis=(1, 2), out_axis=3, batch_axis=0)
+mlp_init = init.xavier_uniform(in_axis=1, out_axis=2, batch_axis=0)
 # All parameters: the name in the released checkpoints; the shape, a letter for each axis, 1 and 3
 # standing for themselves; the initial distribution, or None for what is only ever loaded. In a
 # checkpoint each block has arrays of its own, in encoderblock_0 and so on; here they are stacked,
@@ -80,19 +83,19 @@ PARAMETERS = {
     "Transformer/posembed_input/pos_embedding": ("1ND", init.normal(0.02)),
     "Transformer/encoderblock/LayerNorm_0/scale": ("LD", init.ones),
     "Transformer/encoderblock/LayerNorm_0/bias": ("LD", init.zeros),
-    "Transformer/encoderblock/MultiHeadDotProductAttention_1/query/kernel": ("LDAE", to_heads),
+    "Transformer/encoderblock/MultiHeadDotProductAttention_1/query/kernel": ("LDAE", heads_init),
     "Transformer/encoderblock/MultiHeadDotProductAttention_1/query/bias": ("LAE", init.zeros),
-    "Transformer/encoderblock/MultiHeadDotProductAttention_1/key/kernel": ("LDAE", to_heads),
+    "Transformer/encoderblock/MultiHeadDotProductAttention_1/key/kernel": ("LDAE", heads_init),
     "Transformer/encoderblock/MultiHeadDotProductAttention_1/key/bias": ("LAE", init.zeros),
-    "Transformer/encoderblock/MultiHeadDotProductAttention_1/value/kernel": ("LDAE", to_heads),
+    "Transformer/encoderblock/MultiHeadDotProductAttention_1/value/kernel": ("LDAE", heads_init),
     "Transformer/encoderblock/MultiHeadDotProductAttention_1/value/bias": ("LAE", init.zeros),
-    "Transformer/encoderblock/MultiHeadDotProductAttention_1/out/kernel": ("LAED", from_heads),
+    "Transformer/encoderblock/MultiHeadDotProductAttention_1/out/kernel": ("LAED", out_init),
     "Transformer/encoderblock/MultiHeadDotProductAttention_1/out/bias": ("LD", init.zeros),
     "Transformer/encoderblock/LayerNorm_2/scale": ("LD", init.ones),
     "Transformer/encoderblock/LayerNorm_2/bias": ("LD", init.zeros),
-    "Transformer/encoderblock/MlpBlock_3/Dense_0/kernel": ("LDM", in_mlp),
+    "Transformer/encoderblock/MlpBlock_3/Dense_0/kernel": ("LDM", mlp_init),
     "Transformer/encoderblock/MlpBlock_3/Dense_0/bias": ("LM", init.normal(1e-6)),
-    "Transformer/encoderblock/MlpBlock_3/Dense_1/kernel": ("LMD", in_mlp),
+    "Transformer/encoderblock/MlpBlock_3/Dense_1/kernel": ("LMD", mlp_init),
     "Transformer/encoderblock/MlpBlock_3/Dense_1/bias": ("LD", init.normal(1e-6)),
     "Transformer/encoder_norm/scale": ("D", init.ones),
     "Transformer/encoder_norm/bias": ("D", init.zeros),
@@ -165,27 +168,28 @@ def attention(x, query, key, value, out, return_weights=False):
     unless they are asked for, None is returned instead.
     """
     b, n, _ = x.shape
-    heads, size = query["bias"].shape
-    q = linear(x, **query).reshape(b, n, heads, size)  # [B, N, D] -> [B, N, A, E]
-    k = linear(x, **key).reshape(b, n, heads, size)
-    v = linear(x, **value).reshape(b, n, heads, size)
-    on_nvidia = "NVIDIA" in jax.devices()[0].device_kind  # for bfloat16 we assume Ampere or later
+    heads, head_dim = query["bias"].shape
+    q = linear(x, **query).reshape(b, n, heads, head_dim)  # [B, N, A*E] -> [B, N, A, E]
+    k = linear(x, **key).reshape(b, n, heads, head_dim)
+    v = linear(x, **value).reshape(b, n, heads, head_dim)
+    # The fused kernel is for bfloat16 on NVIDIA's GPUs; that they are Ampere or later is assumed.
+    on_nvidia = "NVIDIA" in jax.devices()[0].device_kind
     if on_nvidia and x.dtype == jnp.bfloat16 and not return_weights:
         y, weights = fused_attention(q, k, v), None
     else:
         q, k, v = q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, A, N, E]
-        scores = jnp.matmul(q / size**0.5, k.swapaxes(2, 3), preferred_element_type=jnp.float32)
+        scores = jnp.matmul(q / head_dim**0.5, k.swapaxes(2, 3), preferred_element_type=jnp.float32)
         weights = jax.nn.softmax(scores, axis=-1)  # [B, A, N, N]
         y = (weights.astype(x.dtype) @ v).swapaxes(1, 2)  # [B, A, N, E] -> [B, N, A, E]
-    y = linear(y.reshape(b, n, heads * size), **out)  # the heads, concatenated
+    y = linear(y.reshape(b, n, heads * head_dim), **out)  # the heads, concatenated
     return y, (weights if return_weights else None)
 
 
 def mlp(x, Dense_0, Dense_1, dropout_key=None, dropout_rate=0.0):
     """Two linear layers with a GELU between them: [B, N, D] -> [B, N, M] -> [B, N, D].
 
-    The arguments are named as in PARAMETERS. GELU is its tanh approximation, with which the
-    released weights were trained.
+    The arguments are named as in PARAMETERS. GELU is computed by its tanh approximation, with which
+    the released weights were trained.
     """
     x = jax.nn.gelu(linear(x, **Dense_0), approximate=True)
     return linear(dropout(x, dropout_key, dropout_rate), **Dense_1)
@@ -240,12 +244,14 @@ def forward(
         block, block_key = block_and_key
         return encoder_block(x, block, block_key, dropout_rate, return_attention)
 
-    # A kernel is the same for all images, so its product has no batch dimensions; the products of
-    # attention, one for each image and head, have two. The policy saves only the first kind.
-    # (prevent_cse=False: inside scan, says JAX's documentation, this protection is not needed.)
-    policies = jax.checkpoint_policies
-    keep = policies.nothing_saveable if remat else policies.dots_with_no_batch_dims_saveable
-    apply_block = jax.checkpoint(apply_block, policy=keep, prevent_cse=False)
+    # The policy saves x @ kernel, but not the products of attention. JAX tells them apart by batch
+    # dimensions, axes that both operands of a product have in common: x and a kernel have none, q
+    # and k have two, images and heads. (Inside scan, prevent_cse is not needed, says JAX.)
+    checkpoint_policies = jax.checkpoint_policies
+    policy = checkpoint_policies.dots_with_no_batch_dims_saveable
+    if remat:
+        policy = checkpoint_policies.nothing_saveable
+    apply_block = jax.checkpoint(apply_block, policy=policy, prevent_cse=False)
     # scan applies it to slice after slice of the stacked blocks, carrying x along. A Python loop
     # would do the same, but XLA would have to compile every block by itself.
     x, weights = jax.lax.scan(apply_block, x, (blocks, block_keys))
@@ -337,7 +343,8 @@ def learning_rate(step, base_lr, total_steps, warmup_steps, decay_type="cosine")
 def clip_by_global_norm(grads, max_norm):
     """Scales all gradients by one factor so that their global L2 norm is at most max_norm."""
     norm = jnp.sqrt(sum(jnp.sum(g * g) for g in jax.tree.leaves(grads)))
-    return jax.tree.map(lambda g: g * jnp.minimum(1, max_norm / norm), grads)
+    factor = jnp.minimum(1, max_norm / norm)
+    return jax.tree.map(lambda g: factor * g, grads)
 
 
 def sgd_init(params):
@@ -353,17 +360,17 @@ def sgd_update(params, momentum, grads, rate, beta=0.9):
     sum itself and the update are float32. (In compiled code XLA may leave out the first rounding.)
     """
     decayed = jax.tree.map(lambda m: beta * m, momentum)
-    total = jax.tree.map(jnp.add, decayed, grads)  # bfloat16 + float32 is float32
-    params = jax.tree.map(lambda p, t: p - rate * t, params, total)
-    momentum = jax.tree.map(lambda m, t: t.astype(m.dtype), momentum, total)
-    return params, momentum
+    new = jax.tree.map(jnp.add, decayed, grads)  # bfloat16 + float32 is float32
+    params = jax.tree.map(lambda p, m: p - rate * m, params, new)
+    return params, jax.tree.map(lambda old, m: m.astype(old.dtype), momentum, new)
 
 
 # `pmap` compiles a function once and runs it on all devices at the same time. in_axes says what
 # each device is given of the four arguments below: 0, its own slice along the first axis; None, all
-# of it. out_axes=None says that all devices return the same: it stays on each of them, and looks
-# like one array. (`jit` with sharded arrays leaves to the compiler where devices communicate; here
-# one can see it, as with `shard_map`, on which pmap is built.)
+# of it. With out_axes=None, each device keeps its own copy of the result, which must be the same on
+# all, and Python sees one array. (`jit` with sharded arrays leaves it to the compiler where devices
+# communicate; here one can see it, as with `shard_map`, on which pmap is built.) A static argument
+# is a constant of the compiled function. A donated one gives its memory to the results.
 ON_ALL_DEVICES = {"axis_name": "devices", "in_axes": (None, 0, 0, None), "out_axes": None}
 
 
@@ -372,14 +379,12 @@ def train_step(state, images, labels, options):
     """One update, as each device runs it on its share of the batch: new state, loss, learning rate.
 
     state: a dict of params, momentum and step (int32 [], the number of updates before this one).
-    images: uint8 [accum_steps, B, H, W, 3], labels: int32 [accum_steps, B]; the caller adds a first
-    axis, of devices, to both. options: an `Options` (part 6). Random keys derive from seed and
-    step: `mixup_key, dropout_key = split(fold_in(key(seed), step))`.
+    images: uint8 [local devices, accum_steps, B, H, W, 3], labels: int32 [local devices,
+    accum_steps, B]; inside, the axis of devices is gone. options: an `Options` (part 6). Random
+    keys derive from seed and step: `mixup_key, dropout_key = split(fold_in(key(seed), step))`.
 
-    A static argument is a constant of the compiled function. A donated one gives its memory to the
-    results, so that the old state and the new share it. In an update devices communicate at one
-    point only: `pmean` replaces loss and gradients by their mean over all devices. From there on
-    all devices compute the same new state.
+    In an update devices communicate at one point only: `pmean` replaces loss and gradients by their
+    mean over all devices. From there on all devices compute the same new state.
     """
     params = state["params"]
     step_key = jax.random.fold_in(jax.random.key(options.seed), state["step"])
@@ -416,8 +421,8 @@ def train_step(state, images, labels, options):
 def eval_step(params, images, labels, dtype):
     """The number of correctly classified images, over all devices: int32 [].
 
-    Like `train_step`, it is called with an axis of devices: images uint8 [devices, B, H, W, 3] and
-    labels [devices, B].
+    images: uint8 [local devices, B, H, W, 3], labels: int32 [local devices, B]; inside, the axis of
+    devices is gone.
     """
     predictions = forward(params, to_pixels(images, dtype)).argmax(axis=-1)
     return jax.lax.psum((predictions == labels).sum(), "devices")
@@ -458,15 +463,18 @@ POOL = ThreadPoolExecutor(os.cpu_count())  # reads images: Pillow does its work 
 
 
 def to_array(image, size, box=None):
-    """A Pillow image, or a box of it -> uint8 [size, size, 3]. Bilinear; shrinking averages."""
+    """A Pillow image, or a box of it, squeezed into a square: uint8 [size, size, 3].
+
+    Interpolation is bilinear; where an image shrinks, all its pixels are averaged.
+    """
     return np.asarray(image.resize((size, size), BILINEAR, box))
 
 
 def inception_crop(rng, width, height):
     """A random box (left, upper, right, lower) in pixels, as TensorFlow draws it for the release.
 
-    First the aspect ratio is drawn, from 3/4 to 4/3, then the height, between that of a box with
-    5 % of the area and the largest that fits.
+    First the aspect ratio is drawn, w / h from 3/4 to 4/3, then the height, from that of a box with
+    5 % of the area (h * h * aspect) to the largest that fits.
     """
     aspect = rng.uniform(3 / 4, 4 / 3)
     largest = min(height, width / aspect)
@@ -477,7 +485,7 @@ def inception_crop(rng, width, height):
     return left, upper, left + w, upper + h
 
 
-@functools.lru_cache(2)
+@functools.lru_cache(2)  # two epochs, because threads read ahead
 def epoch_order(seed, epoch, count):
     """The order in which an epoch visits count examples: a permutation, int [count]."""
     return np.random.default_rng([seed, ORDER, epoch]).permutation(count)
@@ -508,13 +516,14 @@ def batch_positions(batch_size, accum_steps=1):
     On one host with 2 devices, a batch of 8 in 2 parts: [[[0 1] [2 3]] [[4 5] [6 7]]].
     Raises BadInput if the batch cannot be divided.
     """
-    shape = jax.process_count(), jax.local_device_count(), accum_steps
+    hosts, devices = jax.process_count(), jax.local_device_count()
     require(
-        batch_size % math.prod(shape) == 0,
-        f"--batch_size={batch_size} is not a multiple of {jax.device_count()} devices "
+        batch_size % (hosts * devices * accum_steps) == 0,
+        f"--batch_size={batch_size} is not a multiple of {hosts * devices} devices "
         f"x --accum_steps={accum_steps}",
     )
-    return np.arange(batch_size).reshape(*shape, -1)[jax.process_index()]
+    positions = np.arange(batch_size).reshape(hosts, devices, accum_steps, -1)
+    return positions[jax.process_index()]
 
 
 def batches(example, indices, ahead=3):
@@ -525,16 +534,17 @@ def batches(example, indices, ahead=3):
     """
 
     def collect(shape, examples):
-        images, labels = zip(*examples, strict=True)
+        images, labels = zip(*examples, strict=True)  # waits for those that are not ready
         return np.stack(images).reshape(*shape, *images[0].shape), np.int32(labels).reshape(shape)
 
     waiting = []
     for batch in indices:
-        waiting.append((batch.shape, POOL.map(example, batch.ravel().tolist())))
+        examples = POOL.map(example, batch.ravel().tolist())  # begins at once
+        waiting.append((batch.shape, examples))
         if len(waiting) > ahead:
             yield collect(*waiting.pop(0))
-    for shape, examples in waiting:
-        yield collect(shape, examples)
+    while waiting:
+        yield collect(*waiting.pop(0))
 
 
 # -------------------------------------------------------------------------------------- 5. Training
@@ -556,8 +566,11 @@ def evaluate(params, data, options):
         image, label = data["read"](data["test"][i])
         return to_array(image, size), label
 
-    batch_size = devices * max(1, options.batch_size // options.accum_steps // devices)
-    positions = batch_positions(batch_size)[:, 0]  # [local devices, B]: accum_steps is 1
+    per_device = max(
+        1, options.batch_size // options.accum_steps // devices
+    )  # fits, as in training
+    batch_size = devices * per_device
+    positions = batch_positions(batch_size)[:, 0]  # [local devices, B]; there is only one part
     starts = range(0, count, batch_size)
     correct, start_time, reported = 0, time.perf_counter(), 0
     images_and_labels = batches(example, (start + positions for start in starts))
@@ -571,80 +584,92 @@ def evaluate(params, data, options):
     return correct / count
 
 
-def report(options, step, loss, rate, seconds):
+def report(options, done, loss, rate, seconds):
     """Prints a line of progress. seconds: for one update on average, evaluations included."""
-    left = seconds * (options.total_steps - step)
-    line = f"step {step}/{options.total_steps}  loss {loss:.4f}  lr {rate:.2e}"
+    left = seconds * (options.total_steps - done)
+    line = f"step {done}/{options.total_steps}  loss {loss:.4f}  lr {rate:.2e}"
     line += f"  {options.batch_size / seconds:.1f} images/s  {duration(left)} left"
     if left > 3600 and jax.default_backend() == "cpu":
         line += " (no GPU or TPU found; for a CPU: --model=ViT-Ti_16 --image_size=224)"
     say(line)
 
 
-def record(options, run, *row):
-    """Adds a row to the rows of run, which the next checkpoint will hold, and to metrics.csv."""
-    run["rows"].append(row)
+def write_rows(options, rows, mode="a"):
+    """Appends rows to metrics.csv, on the first host only; mode "w" starts the file anew."""
     if jax.process_index() == 0:
-        with open(f"{options.logdir}/metrics.csv", "a") as file:
-            print(*row, sep=",", file=file)
+        with open(f"{options.logdir}/metrics.csv", mode) as file:
+            for row in rows:
+                print(*row, sep=",", file=file)
 
 
 def train(options, data):
     """Trains on data and returns params as NumPy arrays.
 
     data: a dict of "classes" (K names), "train" and "test" (sequences of items), and "read", a
-    function that turns an item into (Pillow image in RGB, label from 0 to K - 1). Writes
-    first_batch.png (eight examples), metrics.csv and, after each evaluation, checkpoint.npz to
-    options.logdir.
+    function that turns an item into (Pillow image in RGB, label from 0 to K - 1). The first host
+    writes first_batch.png (the first eight examples), metrics.csv and, after each evaluation,
+    checkpoint.npz to options.logdir.
 
     Stop it however you like: Ctrl-C, kill, a power cut. Starting and resuming are the same call: it
     continues from checkpoint.npz if that exists, so that only updates since the last evaluation are
     done again. With the same options, devices and versions it ends with the same bits as a run that
-    was never stopped (checked on CPUs). Raises BadInput.
+    was never stopped (checked on CPUs). Raises BadInput for options that do not fit each other, the
+    data or the checkpoint, for data that cannot be read, and for a loss that is not finite.
     """
     positions = batch_positions(options.batch_size, options.accum_steps)
-    can_mix = positions.shape[-1] > 1 or not options.mixup_alpha
-    require(can_mix, "--mixup_alpha needs two images at a time on each device: lower --accum_steps")
-    # From part 9: the state of train_step, and the rows of metrics.csv, of the checkpoint or new.
-    state, run = start_or_resume(options, data)
+    if options.mixup_alpha:
+        several = "--mixup_alpha needs two images at a time on each device: lower --accum_steps"
+        require(positions.shape[-1] > 1, several)
+    # The state of train_step, and the rows of metrics.csv so far: from checkpoint.npz, or new.
+    state, rows = start_or_resume(options, data)  # in part 9
     first, size = int(state["step"]), image_size_of(state["params"])
+    devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    say(f"{options.logdir}: step {first} of {options.total_steps}, on {devices}")
+    steps = range(first, options.total_steps)
+    if not steps:
+        say("this run is complete; for its accuracy see metrics.csv, or add --eval_only")
+        return jax.device_get(state["params"])
+    indices = (step * options.batch_size + positions for step in steps)
     example = functools.partial(training_example, data, options, size)
     if jax.process_index() == 0:
         os.makedirs(options.logdir, exist_ok=True)
         images = np.hstack([image for image, _ in map(example, range(8))])
         Image.fromarray(images).save(f"{options.logdir}/first_batch.png")
-        with open(f"{options.logdir}/metrics.csv", "w") as file:
-            for row in (COLUMNS, *run["rows"]):
-                print(*row, sep=",", file=file)
+    write_rows(options, [COLUMNS, *rows], "w")
 
-    def is_due(step, every):
-        return step % every == 0 or step == options.total_steps
+    # A function is compiled when it is first called. By doing it now we can say how long it takes.
+    say(f"compiling an update of {options.batch_size} images of {size} x {size} pixels ...")
+    start_time = time.perf_counter()
+    images = jax.ShapeDtypeStruct((*positions.shape, size, size, 3), np.uint8)
+    labels = jax.ShapeDtypeStruct(positions.shape, np.int32)
+    update = train_step.lower(state, images, labels, options).compile()
+    say(f"compiled in {duration(time.perf_counter() - start_time)}")
 
-    indices = (step * options.batch_size + positions for step in range(first, options.total_steps))
+    def is_due(done, every):
+        return done % every == 0 or done == options.total_steps
+
+    def record(*row):
+        rows.append(row)
+        write_rows(options, [row])
+
     loss, start_time = 0.0, time.perf_counter()
-    # From here on, step is the number of updates including the one that is being done.
-    for step, (images, labels) in enumerate(batches(example, indices), first + 1):
-        previous_loss = loss
-        state, loss, rate = train_step(state, images, labels, options)
-        # train_step returns before it has computed anything. Waiting for the previous update, not
-        # for this one, keeps the devices busy with at most two, one running and one queued.
+    for step, (images, labels) in zip(steps, batches(example, indices), strict=True):
+        previous_loss, done = loss, step + 1
+        state, loss, rate = update(state, images, labels)
+        # It returns before it has computed anything. Waiting for the previous update, not for this
+        # one, keeps the devices busy with at most two, one running and one queued.
         jax.block_until_ready(previous_loss)
-        log = is_due(step, options.log_every)
-        if log or step == first + 2:  # the second update is the first that shows the speed
+        log = is_due(done, options.log_every)
+        if log or step == first:
             value, rate = float(loss), float(rate)
-            require(math.isfinite(value), f"the loss of step {step} is {loss}: lower --base_lr")
-            seconds = (time.perf_counter() - start_time) / max(1, step - first - 1)
-            report(options, step, value, rate, seconds)
+            require(math.isfinite(value), f"the loss of step {done} is {value}; lower --base_lr")
+            seconds = (time.perf_counter() - start_time) / (done - first)
+            report(options, done, value, rate, seconds)
         if log:
-            record(options, run, step, value, rate, options.batch_size / seconds, "")
-        if step == first + 1:
-            jax.block_until_ready(loss)
-            seconds = time.perf_counter() - start_time
-            say(f"compiled and computed the first update in {duration(seconds)}")
-            start_time = time.perf_counter()  # the speed is that of all later updates
-        if is_due(step, options.eval_every):
-            record(options, run, step, "", "", "", evaluate(state["params"], data, options))
-            save_run(options, run, state)
+            record(done, value, rate, options.batch_size / seconds, "")
+        if is_due(done, options.eval_every):
+            record(done, "", "", "", evaluate(state["params"], data, options))
+            save_run(options, data, state, rows)
     return jax.device_get(state["params"])
 
 
@@ -654,7 +679,7 @@ def train(options, data):
 def option(default, help, minimum=0, choices=None):
     """A field of Options, with its line in --help and the values that are allowed.
 
-    These are the choices, if there are any; of numbers, those from minimum to 2**31 - 1.
+    These are the choices, if there are any, and otherwise numbers from minimum to 2**31 - 1.
     """
     metadata = {"help": help, "minimum": minimum, "choices": choices}
     return dataclasses.field(default=default, metadata=metadata)
@@ -668,10 +693,12 @@ class Options:
     """
 
     model: str = option(
-        "ViT-B_16", "ViT-SIZE_PATCH, of size XS, Ti, S, B, L, H; a file decides for itself"
+        "ViT-B_16", "ViT-SIZE_PATCH, of size XS, Ti, S, B, L or H; unused if --pretrained is a file"
     )
     pretrained: str = option("released", "released, none, or a checkpoint's file or address")
-    image_size: int = option(384, "pixels, rounded down to whole patches; 0: as in the checkpoint")
+    image_size: int = option(
+        384, "side in pixels, rounded down to whole patches; 0 for the checkpoint's"
+    )
     dtype: str = option("float32", "dtype of activations", choices=("float32", "bfloat16"))
     batch_size: int = option(512, "images per update, over all devices and hosts", minimum=1)
     accum_steps: int = option(8, "micro-batches per update", minimum=1)
@@ -698,21 +725,25 @@ class Options:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            name, value, choices = field.name, getattr(self, field.name), field.metadata["choices"]
+            value, choices = getattr(self, field.name), field.metadata["choices"]
+            minimum = field.metadata["minimum"]
             if choices:
-                require(value in choices, f"--{name}={value} must be {' or '.join(choices)}")
-            elif field.type is not str:
-                fits = field.metadata["minimum"] <= value < 2**31
-                require(
-                    fits, f"--{name}={value} must be from {field.metadata['minimum']} to 2**31 - 1"
-                )
-        known = re.fullmatch(r"ViT-(XS|Ti|S|B|L|H)_[1-9]\d*", self.model)
-        require(known, f"--model={self.model}: models are named like ViT-B_16, see --help")
+                allowed, which = value in choices, " or ".join(choices)
+            else:
+                allowed = field.type is str or minimum <= value < 2**31
+                which = f"from {minimum} to 2**31 - 1"
+            require(allowed, f"--{field.name}={value} must be {which}")
+        named = re.fullmatch(rf"ViT-({'|'.join(SIZES)})_[1-9]\d*", self.model)
+        require(named, f"--model={self.model}: models are named like ViT-B_16, see --help")
         require(self.dropout < 1, f"--dropout={self.dropout} must be below 1")
-        rank = f"--process_id={self.process_id} must be below --num_processes={self.num_processes}"
-        require(self.process_id < self.num_processes, rank)
-        steps = f"--warmup_steps={self.warmup_steps} must be below --total_steps={self.total_steps}"
-        require(self.warmup_steps < self.total_steps, steps)
+        require(
+            self.warmup_steps < self.total_steps,
+            f"--warmup_steps={self.warmup_steps} must be below --total_steps={self.total_steps}",
+        )
+        require(
+            self.process_id < self.num_processes,
+            f"--process_id={self.process_id} must be below --num_processes={self.num_processes}",
+        )
 
 
 # ----------------------------------------------------------------------------------------- 7. Files
@@ -755,14 +786,15 @@ def fetch(urls, options, read):
                 while chunk := reply.read(64 << 20):
                     file.write(chunk)
                     say(f"fetching {url}: {file.tell() >> 20} of {size >> 20} MiB")
-                file.flush()  # for read, which opens it again
                 require(file.tell() >= size, f"it was cut off after {file.tell()} bytes")
+                file.flush()
+                # If read does not accept it, its exception makes atomic_write remove the file.
                 content = read(file.name)
-            return content  # here, after the with block, the file has its name
+            return content  # the end of the with block has given the file its name
         except (OSError, http.client.HTTPException, BadInput) as error:
             failures.append(f"{url} ({error})")
-            say(f"cannot fetch {failures[-1]}")
-    raise BadInput(f"cannot fetch {' or '.join(failures)}; download it yourself to {path}")
+            say(f"cannot use {failures[-1]}")
+    raise BadInput(f"cannot use {' or '.join(failures)}; you can put a file at {path} yourself")
 
 
 # ----------------------------------------------------------------------------------- 8. Checkpoints
@@ -798,27 +830,29 @@ NEWER_FLAX = {  # newer Flax code numbers and nests layers differently: {its nam
     "LayerNorm_1/": "LayerNorm_2/",
     "MlpBlock_0/": "MlpBlock_3/",
 }
-TIMM = {  # {name in timm: the name in PARAMETERS}; those of a block come after blocks.0. and so on
+BLOCK = "Transformer/encoderblock/"
+ATTENTION = f"{BLOCK}MultiHeadDotProductAttention_1/"
+TIMM = {  # {name in timm: name in PARAMETERS}, after `split_qkv` and without blocks.0. and so on
     "cls_token": "cls",
     "pos_embed": "Transformer/posembed_input/pos_embedding",
     "patch_embed.proj.weight": "embedding/kernel",
     "patch_embed.proj.bias": "embedding/bias",
-    "norm1.weight": "Transformer/encoderblock/LayerNorm_0/scale",
-    "norm1.bias": "Transformer/encoderblock/LayerNorm_0/bias",
-    "attn.query.weight": "Transformer/encoderblock/MultiHeadDotProductAttention_1/query/kernel",
-    "attn.query.bias": "Transformer/encoderblock/MultiHeadDotProductAttention_1/query/bias",
-    "attn.key.weight": "Transformer/encoderblock/MultiHeadDotProductAttention_1/key/kernel",
-    "attn.key.bias": "Transformer/encoderblock/MultiHeadDotProductAttention_1/key/bias",
-    "attn.value.weight": "Transformer/encoderblock/MultiHeadDotProductAttention_1/value/kernel",
-    "attn.value.bias": "Transformer/encoderblock/MultiHeadDotProductAttention_1/value/bias",
-    "attn.proj.weight": "Transformer/encoderblock/MultiHeadDotProductAttention_1/out/kernel",
-    "attn.proj.bias": "Transformer/encoderblock/MultiHeadDotProductAttention_1/out/bias",
-    "norm2.weight": "Transformer/encoderblock/LayerNorm_2/scale",
-    "norm2.bias": "Transformer/encoderblock/LayerNorm_2/bias",
-    "mlp.fc1.weight": "Transformer/encoderblock/MlpBlock_3/Dense_0/kernel",
-    "mlp.fc1.bias": "Transformer/encoderblock/MlpBlock_3/Dense_0/bias",
-    "mlp.fc2.weight": "Transformer/encoderblock/MlpBlock_3/Dense_1/kernel",
-    "mlp.fc2.bias": "Transformer/encoderblock/MlpBlock_3/Dense_1/bias",
+    "norm1.weight": f"{BLOCK}LayerNorm_0/scale",
+    "norm1.bias": f"{BLOCK}LayerNorm_0/bias",
+    "attn.query.weight": f"{ATTENTION}query/kernel",
+    "attn.query.bias": f"{ATTENTION}query/bias",
+    "attn.key.weight": f"{ATTENTION}key/kernel",
+    "attn.key.bias": f"{ATTENTION}key/bias",
+    "attn.value.weight": f"{ATTENTION}value/kernel",
+    "attn.value.bias": f"{ATTENTION}value/bias",
+    "attn.proj.weight": f"{ATTENTION}out/kernel",
+    "attn.proj.bias": f"{ATTENTION}out/bias",
+    "norm2.weight": f"{BLOCK}LayerNorm_2/scale",
+    "norm2.bias": f"{BLOCK}LayerNorm_2/bias",
+    "mlp.fc1.weight": f"{BLOCK}MlpBlock_3/Dense_0/kernel",
+    "mlp.fc1.bias": f"{BLOCK}MlpBlock_3/Dense_0/bias",
+    "mlp.fc2.weight": f"{BLOCK}MlpBlock_3/Dense_1/kernel",
+    "mlp.fc2.bias": f"{BLOCK}MlpBlock_3/Dense_1/bias",
     "norm.weight": "Transformer/encoder_norm/scale",
     "norm.bias": "Transformer/encoder_norm/bias",
     "head.weight": "head/kernel",
@@ -827,8 +861,8 @@ TIMM = {  # {name in timm: the name in PARAMETERS}; those of a block come after 
 
 
 def block_name(name, i):
-    """What the array `name`, stacked in our params, is called in a checkpoint for block i."""
-    return name.replace("encoderblock/", f"encoderblock_{i}/")
+    """The name in a checkpoint: of what PARAMETERS stacks, for block i; all others are the same."""
+    return name.replace(BLOCK, f"Transformer/encoderblock_{i}/")
 
 
 def read_safetensors(path):
@@ -854,28 +888,35 @@ def read_safetensors(path):
     return arrays
 
 
-def from_timm(arrays):
-    """{name in timm: array} -> {released name: array}, each in the shape of the release.
-
-    Query, key and value are one matrix in timm, and the file does not say how many heads they have:
-    as many as the model of this width in SIZES, otherwise D/64. Raises BadInput for a name that is
-    not in TIMM, because then it is another kind of model.
-
-    The released weights, and timm's copies of them, were trained with the tanh form of GELU, as in
-    `mlp`; DeiT, DINO and others of timm's with the exact one, which shifts their logits a little.
-    """
-    width = arrays["cls_token"].shape[-1]
-    heads = {d: a for d, _, a in SIZES.values()}.get(width, width // 64)
-    sizes = {"D": width, "A": heads, "E": width // heads}
+def split_qkv(arrays):
+    """timm's query, key and value, one matrix [3D, D] and one bias [3D], as three of each."""
     split = {}
     for name, array in arrays.items():
-        if ".qkv." in name:  # [3D, D] or [3D]
+        if ".qkv." in name:
             for part, third in zip(("query", "key", "value"), np.split(array, 3), strict=True):
                 split[name.replace("qkv", part)] = third
         else:
             split[name] = array
+    return split
+
+
+def from_timm(arrays):
+    """{name in timm: array} -> {released name: array}, each in the shape of the release.
+
+    The file does not say how many heads there are: as many as the model of this width in SIZES has,
+    otherwise D/64. Raises BadInput for a name that is not in TIMM, because then it is another kind
+    of model.
+
+    The released weights, and timm's copies of them, were trained with the tanh form of GELU, as in
+    `mlp`; DeiT, DINO and others of timm's with the exact one. The two differ by at most 4.7e-4, and
+    logits of models with random weights by 1.6e-4 of the largest.
+    """
+    width = arrays["cls_token"].shape[-1]
+    heads = {d: a for d, _, a in SIZES.values()}.get(width, width // 64)
+    sizes = {"D": width, "A": heads, "E": width // heads}
     released = {}
-    for name, array in split.items():
+    for name, array in split_qkv(arrays).items():
+        # "blocks.7.norm1.bias" -> "7", "norm1.bias"; "cls_token" -> None, "cls_token"
         block, layer = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.*)", name).groups()
         require(layer in TIMM, f"it has {name}, so it is another kind of model")
         letters, _ = PARAMETERS[TIMM[layer]]
@@ -884,7 +925,7 @@ def from_timm(arrays):
         elif array.ndim == 2:
             array = array.T  # [outputs, inputs] -> [inputs, outputs]
         if "A" in letters:  # the heads get an axis of their own
-            array = array.reshape([sizes[letter] for letter in letters[1:]])
+            array = array.reshape([sizes[letter] for letter in letters.removeprefix("L")])
         released[block_name(TIMM[layer], block)] = array
     return released
 
@@ -936,35 +977,33 @@ def to_params(arrays, source):
     for name, array in arrays.items():
         for newer, released in NEWER_FLAX.items():
             name = name.replace(newer, released)
-        if name.startswith(("opt/", "train/", "class_names")):
-            continue
-        numbers = array.size and array.dtype.kind == "f" and np.isfinite(array).all()
-        require(numbers, f"{source}: {name} holds something other than finite numbers")
-        found[name] = np.asarray(array, np.float32)
+        if not name.startswith(("opt/", "train/", "class_names")):
+            finite = array.size and array.dtype.kind == "f" and np.isfinite(array).all()
+            require(finite, f"{source}: {name} holds something other than finite numbers")
+            found[name] = np.asarray(array, np.float32)
     depth = sum(name.endswith("/LayerNorm_0/bias") for name in found)
     require(depth, f"{source} is not a Vision Transformer: it has no blocks")
     layers = {name.split("/")[0] for name in found}
-    sizes, params = {"1": 1, "3": 3}, {}
-
-    def take(name, letters):
-        require(name in found, f"{source} has no {name}")
-        array = found.pop(name)
-        # The first array that has a letter fixes its size: query/kernel, DAE, those of A and E.
-        for letter, size in zip(letters, array.shape, strict=False):
-            sizes.setdefault(letter, size)
-        shape = tuple(sizes.get(letter) for letter in letters)
-        require(array.shape == shape, f"{source}: {name} has the shape {array.shape}, not {shape}")
-        return array
-
+    # The first array that has a letter gives its size; with that, all others have to agree.
+    sizes = {"1": 1, "3": 3}
+    for name, (letters, _) in PARAMETERS.items():
+        if block_name(name, 0) in found:
+            shape = found[block_name(name, 0)].shape
+            sizes = dict(zip(letters.removeprefix("L"), shape, strict=False)) | sizes
+    params = {}
     for name, (letters, _) in PARAMETERS.items():
         layer = name.split("/")[0]
         if layer in ("pre_logits", "head") and layer not in layers:
             continue
-        if letters[0] == "L":
-            blocks = [take(block_name(name, i), letters[1:]) for i in range(depth)]
-            params[name] = np.stack(blocks)
-        else:
-            params[name] = take(name, letters)
+        shape = tuple(sizes.get(letter) for letter in letters.removeprefix("L"))
+        blocks = []
+        for part in [block_name(name, i) for i in range(depth if letters[0] == "L" else 1)]:
+            require(part in found, f"{source} has no {part}")
+            array = found.pop(part)
+            wrong = f"{source}: {part} has the shape {array.shape}, not {shape}"
+            require(array.shape == shape, wrong)
+            blocks.append(array)
+        params[name] = np.stack(blocks) if letters[0] == "L" else blocks[0]
     require(not found, f"{source} has {[*found][:3]}, so it is another kind of model")
     patches = sizes["N"] - 1
     square = patches and math.isqrt(patches) ** 2 == patches
@@ -972,9 +1011,18 @@ def to_params(arrays, source):
     return nest(params)
 
 
+def read_checkpoint(path):
+    """A checkpoint's params, and its class names, or None if it has none."""
+    arrays = read_arrays(path)
+    return to_params(arrays, path), arrays.get("class_names")
+
+
 def load_checkpoint(path):
-    """For your own code: the params of a checkpoint file. See `read_arrays` and `to_params`."""
-    return to_params(read_arrays(path), path)
+    """The params of a checkpoint, an .npz or timm's .safetensors, as NumPy arrays, for any use.
+
+    Raises BadInput if they are not those of a Vision Transformer, or OSError if there is no file.
+    """
+    return read_checkpoint(path)[0]
 
 
 def load_pretrained(options, fine_tuned=False):
@@ -983,6 +1031,7 @@ def load_pretrained(options, fine_tuned=False):
     fine_tuned: whether "released" is the model that was fine-tuned on ImageNet. Raises BadInput.
     """
     path, model = options.pretrained, options.model
+    urls = [path] if path.startswith(("http://", "https://")) else []
     if path == "released":
         table, folder = PRE_TRAINED, "imagenet21k"
         if fine_tuned:
@@ -991,14 +1040,10 @@ def load_pretrained(options, fine_tuned=False):
         urls = [f"{HUB}{table[model]}/resolve/main/model.safetensors"]
         if ".orig_" in table[model]:  # the authors' own file comes first
             urls = [f"{BUCKET}{folder}/{model}.npz", *urls]
+    if urls:
+        params, names = fetch(urls, options, read_checkpoint)
     else:
-        urls = [path] if path.startswith(("http://", "https://")) else []
-
-    def load(file):
-        arrays = read_arrays(file)
-        return to_params(arrays, file), arrays.get("class_names")
-
-    params, names = fetch(urls, options, load) if urls else load(os.path.expanduser(path))
+        params, names = read_checkpoint(os.path.expanduser(path))
     count = num_classes_of(params)
     fits = names is None or len(names) == count
     require(fits, f"{path} has class_names, but not one for each of its {count} classes")
@@ -1020,7 +1065,8 @@ def save_checkpoint(path, params, **more):
 def resize_position_embeddings(embeddings, grid):
     """Position embeddings for another image size: [1, 1 + g*g, D] -> [1, 1 + grid*grid, D].
 
-    Bilinear, corners on corners, as in the release (paper, section 3.2); the class token's stays.
+    Interpolation is bilinear, with the corners fixed (align_corners in PyTorch), as in the release
+    (paper, section 3.2). The embedding of the class token stays as it is.
     """
     old = math.isqrt(embeddings.shape[1] - 1)
     patches = embeddings[0, 1:].reshape(old, old, -1)  # [g, g, D]
@@ -1032,11 +1078,11 @@ def resize_position_embeddings(embeddings, grid):
 
 
 def adapt(params, image_size, num_classes=None):
-    """Params for images of image_size pixels (paper, section 3.2); 0 or None: as they are.
+    """Params for images of image_size pixels (paper, section 3.2).
 
-    The size is rounded down to whole patches, for example 384 to 378 pixels for ViT-H_14. With
-    num_classes they are prepared for fine-tuning: pre_logits is dropped, the head is all zeros.
-    Raises BadInput if an image is smaller than a patch.
+    image_size is rounded down to whole patches, for example 384 to 378 pixels for ViT-H_14; 0 means
+    the size that params are for. With num_classes they are prepared for fine-tuning: pre_logits is
+    dropped, and the head is all zeros. Raises BadInput if an image is smaller than a patch.
     """
     encoder = dict(params["Transformer"])
     patch, _, _, d = params["embedding"]["kernel"].shape
@@ -1054,20 +1100,25 @@ def adapt(params, image_size, num_classes=None):
 
 # ----------------------------------------------------------------------- 9. Runs, devices and hosts
 
-# Several hosts run one process each, by the same command but for these options.
-PER_HOST = ("coordinator_address", "process_id", "logdir", "data_dir")
-# The others define a run, except for those that may change when it is resumed.
-MAY_CHANGE = (*PER_HOST, "num_processes", "accum_steps", "remat", "log_every", "eval_every")
+# A run is what its options and its data define. Its folder, --logdir, has checkpoint.npz, by which
+# it can be resumed. Several hosts run one process each, by the same command but for --process_id.
+# Each reads the whole checkpoint, and its own share of the images. The first host alone writes; so
+# a run is resumed from a folder that all hosts can read. If one host ends, JAX ends the others.
+PER_HOST = ("coordinator_address", "process_id", "logdir", "data_dir")  # may differ between hosts
+# What else may change when a run is resumed:
+MAY_CHANGE = ("num_processes", "accum_steps", "remat", "log_every", "eval_every", "eval_only")
 MOMENTUM = "train/momentum/"  # how the names of momentum begin in checkpoint.npz
 
 
 def identity_of(options, data):
     """What defines a run, by name. It can be resumed only if none of this has changed.
 
-    Options of MAY_CHANGE and the number of devices are not part of it, although another number of
-    devices or accum_steps changes the last bits, the masks of dropout and the partners of mixup.
+    The number of devices and accum_steps are not part of it. But if they change, the result is no
+    longer the same to the last bit: sums are rounded differently, and dropout and mixup, where they
+    are used, differ.
     """
-    identity = {name: value for name, value in vars(options).items() if name not in MAY_CHANGE}
+    free = PER_HOST + MAY_CHANGE
+    identity = {name: value for name, value in vars(options).items() if name not in free}
     identity |= {"data": data.get("name"), "classes": [*data["classes"]]}
     counts = {f"number of {split} images": len(data[split]) for split in ("train", "test")}
     return identity | counts
@@ -1085,7 +1136,7 @@ def initial_params(options, num_classes):
 
 
 def same_on_all_hosts(values):
-    """Raises BadInput, on every host, naming which of the values differ between hosts."""
+    """Raises BadInput, on every host, naming the first of the values that differs between hosts."""
     names = [name for name in values if name not in PER_HOST]
     digests = np.uint32([zlib.crc32(repr(values[name]).encode()) for name in names])
     for name, column in zip(names, multihost_utils.process_allgather(digests).T, strict=True):
@@ -1093,72 +1144,81 @@ def same_on_all_hosts(values):
 
 
 def replicate(tree):
-    """Copies arrays to all devices of all hosts, so that pmap does not copy them in each call."""
+    """Copies arrays, the same on all hosts, to all devices, so that pmap finds them there."""
     mesh = jax.sharding.Mesh(jax.devices(), "devices")
     return jax.device_put(tree, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
 
 
-def start_or_resume(options, data):
-    """The state to continue from, on all devices, and the run that it belongs to.
+def resume(path, identity):
+    """The state and the rows of metrics.csv in the checkpoint of a run, in NumPy arrays.
 
-    A run is a dict of its "identity" and of the "rows" of metrics.csv so far. It resumes from
-    checkpoint.npz in options.logdir, which must be of the same run, and the same for all hosts. If
-    there is none, it starts from what options.pretrained names. Raises BadInput.
+    Raises BadInput unless it is that of the run with this identity.
+    """
+    arrays = read_arrays(path)
+    require("train/run" in arrays, f"{path} is not the checkpoint of a run: choose --logdir")
+    run = json.loads(str(arrays["train/run"]))
+    for name, value in identity.items():
+        was = run["identity"].get(name)
+        change = f"{path} belongs to another run: its {name} was {was}, not {value}"
+        require(was == value, f"{change}; choose another --logdir")
+    params = to_params(arrays, path)
+    # The structure and the dtypes of momentum are those of sgd_init, its values are in the file.
+    momentum = jax.tree.map_with_path(
+        lambda place, leaf: arrays[MOMENTUM + leaf_name(place)].astype(leaf.dtype),
+        jax.eval_shape(sgd_init, params),
+    )
+    state = {"params": params, "momentum": momentum, "step": np.int32(arrays["train/step"])}
+    return state, run["rows"]
+
+
+def start_or_resume(options, data):
+    """The state to continue from, on all devices, and the rows of metrics.csv so far.
+
+    They come from checkpoint.npz in options.logdir if there is one; if not, there are no rows, and
+    params are what options.pretrained names. Raises BadInput.
     """
     path, identity = f"{options.logdir}/checkpoint.npz", identity_of(options, data)
     if os.path.exists(path):
-        arrays = read_arrays(path)
-        require("train/run" in arrays, f"{path} is not the checkpoint of a run: choose --logdir")
-        run, step = json.loads(str(arrays["train/run"])), int(arrays["train/step"])
-        for name, value in identity.items():
-            was = run["identity"].get(name)
-            change = f"{path} belongs to another run: its {name} was {was}, not {value}"
-            require(was == value, f"{change}; choose another --logdir")
-        params = to_params(arrays, path)
-        # The structure and dtypes of momentum are those of sgd_init, its values those of the file.
-        momentum = jax.tree.map_with_path(
-            lambda place, leaf: arrays[MOMENTUM + leaf_name(place)].astype(leaf.dtype),
-            jax.eval_shape(sgd_init, params),
-        )
+        state, rows = resume(path, identity)
     else:
         params = initial_params(options, len(data["classes"]))
-        momentum, step, run = sgd_init(params), 0, {"identity": identity, "rows": []}
-    same_on_all_hosts(vars(options) | identity | {"step of checkpoint.npz": step})
-    devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-    say(f"{options.logdir}: step {step} of {options.total_steps}, on {devices}")
-    if step < options.total_steps:
-        size = image_size_of(params)
-        say(f"compiling an update of {options.batch_size} images of {size} x {size} pixels ...")
-    else:
-        say("this run is complete; for its accuracy see metrics.csv, or add --eval_only")
-    return replicate({"params": params, "momentum": momentum, "step": np.int32(step)}), run
+        state, rows = {"params": params, "momentum": sgd_init(params), "step": np.int32(0)}, []
+    step = {"step of checkpoint.npz (is it the same --logdir?)": int(state["step"])}
+    same_on_all_hosts(vars(options) | identity | step)
+    return replicate(state), rows
 
 
-def save_run(options, run, state):
-    """Writes checkpoint.npz: params, and everything else that `start_or_resume` needs."""
+def save_run(options, data, state, rows):
+    """Writes checkpoint.npz, on the first host: params, and everything else for `resume`."""
     if jax.process_index() == 0:
-        more = {"class_names": run["identity"]["classes"], "train/step": state["step"]}
-        more["train/run"] = json.dumps(run)
+        run = {"identity": identity_of(options, data), "rows": rows}
+        more = {"train/run": json.dumps(run), "train/step": state["step"]}
         for place, leaf in jax.tree.leaves_with_path(jax.device_get(state["momentum"])):
             more[MOMENTUM + leaf_name(place)] = leaf.astype(np.float32)  # .npz has no bfloat16
+        more["class_names"] = [*data["classes"]]
         save_checkpoint(f"{options.logdir}/checkpoint.npz", state["params"], **more)
 
 
 def join_hosts(options):
-    """Connects all hosts, waiting up to five minutes for them. Raises BadInput.
+    """Connects this host with all others, waiting up to five minutes for them.
 
-    From then on JAX terminates the processes of all hosts if one of them ends (see `main`) or is
-    silent for 100 seconds.
+    From then on JAX ends the processes of all hosts if one of them fails (see `main`), or if it is
+    silent for 100 seconds. Raises BadInput if options do not say where the others are.
     """
     address = options.coordinator_address
     fits = re.fullmatch(r"auto|.+:\d+", address)
     require(fits, f"--coordinator_address={address!r} must be HOST:PORT of the first host, or auto")
     print(f"waiting for all hosts at {address}, five minutes at most", flush=True)
-    jax.config.update("jax_enable_preemption_service", False)  # it catches SIGTERM
+    jax.config.update("jax_enable_preemption_service", False)  # it would catch SIGTERM
     known = () if address == "auto" else (address, options.num_processes, options.process_id)
-    jax.distributed.initialize(*known, initialization_timeout=300, heartbeat_timeout_seconds=100)
-    # The first collective, and only that, fails if a host comes 30 seconds after the others, as may
-    # happen when they have loaded data. So here is one, while all are together.
+    try:
+        jax.distributed.initialize(
+            *known, initialization_timeout=300, heartbeat_timeout_seconds=100
+        )
+    except ValueError as error:
+        raise BadInput(f"--coordinator_address={address}: {error}") from error
+    # The first collective fails if a host comes 30 seconds after the others, as one that loads data
+    # may do. So here is one, while all are together. Later ones wait longer.
     multihost_utils.sync_global_devices("all hosts are here")
 
 
@@ -1191,8 +1251,8 @@ def decode(file, name):
             # Modes F and I: floats, and integers of 16 or 32 bits, which Pillow cuts off at 255.
             require(image.mode[0] not in "FI", "save it with 8 bits per channel")
             image = ImageOps.exif_transpose(image)
-            if "transparency" in image.info:  # which is dropped, as the release does
-                image = image.convert("RGBA")  # Pillow warns of the direct way
+            if "transparency" in image.info:
+                image = image.convert("RGBA")  # for Pillow warns if we drop transparency directly
             return image.convert("RGB")
     except Exception as error:  # damaged bytes raise a dozen types in Pillow's decoders
         raise BadInput(f"cannot read the image {name} ({error})") from error
@@ -1208,35 +1268,37 @@ def cifar(name, options):
     def read_archive(path):
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        require(digest == CIFAR[name], f"{path} is damaged, its SHA-256 is {digest}: delete it")
+        require(digest == CIFAR[name], f"{path} is damaged (its SHA-256); delete it if it is there")
         with tarfile.open(path) as archive:
             return {Path(x.name).name: archive.extractfile(x).read() for x in archive if x.isfile()}
 
-    url = f"{KRIZ}{name.replace('cifar', 'cifar-')}-binary.tar.gz"
-    label_bytes = 1 if name == "cifar10" else 2
-    files = fetch([url], options, read_archive)
+    files = fetch([f"{KRIZ}{name.replace('cifar', 'cifar-')}-binary.tar.gz"], options, read_archive)
+    if name == "cifar10":
+        label_bytes, classes = 1, "batches.meta.txt"
+        train, test = [f"data_batch_{i}.bin" for i in (1, 2, 3, 4, 5)], ["test_batch.bin"]
+    else:
+        label_bytes, classes = 2, "fine_label_names.txt"
+        train, test = ["train.bin"], ["test.bin"]
 
-    def records(*starts):  # of files with these prefixes: uint8 [n, label_bytes + 3072]
-        parts = [files[file] for file in sorted(files) if file.startswith(starts)]
-        return np.frombuffer(b"".join(parts), np.uint8).reshape(-1, label_bytes + 3072)
+    def records(names):  # uint8 [n, label_bytes + 3072]
+        data = b"".join(files[name] for name in names)
+        return np.frombuffer(data, np.uint8).reshape(-1, label_bytes + 3072)
 
     def read(record):
         pixels = record[label_bytes:].reshape(3, 32, 32).transpose(1, 2, 0)
         return Image.fromarray(np.ascontiguousarray(pixels)), int(record[label_bytes - 1])
 
-    train, test = records("data_batch", "train"), records("test")
+    train, test = records(train), records(test)
     train = train[: round(0.98 * len(train))]
-    classes = files.get("batches.meta.txt") or files["fine_label_names.txt"]
-    return {"classes": classes.decode().split(), "train": train, "test": test, "read": read}
+    return {"classes": files[classes].decode().split(), "train": train, "test": test, "read": read}
 
 
 def image_folder(root):
-    """A folder of {train,test}/CLASS/*.jpg (or png, ...; or val, validation for test).
+    """Images in folders {train,test}/CLASS; for test there may be val or validation instead.
 
-    In a folder of CLASS/*.jpg, every tenth image is for testing. Follows links, ignores hidden
-    files. Raises BadInput.
+    If there is no folder train, images are in folders CLASS, and every tenth is for testing. Links
+    are followed, hidden files ignored. Raises BadInput.
     """
-
     kinds = Image.registered_extensions()  # {".jpg": "JPEG", ...}
 
     def find(folder):  # [(class, path)]
@@ -1264,9 +1326,9 @@ def image_folder(root):
 
 
 def tfds_dataset(name, options):
-    """A TFDS dataset, read as ArrayRecord, which does not need TensorFlow, unlike preparing it.
+    """A TFDS dataset, read as ArrayRecord. Reading it does not need TensorFlow; preparing it does.
 
-    Raises BadInput; if it is not prepared in options.data_dir, with the command that does that.
+    Raises BadInput. If it is not prepared in options.data_dir, the message is the command for that.
     """
     import tensorflow_datasets as tfds  # only here: importing it takes longer than JAX
 
@@ -1290,10 +1352,9 @@ def tfds_dataset(name, options):
     def read(example):
         return decode(io.BytesIO(example["image"]), f"in {name}"), int(example["label"])
 
-    train, test = "train[:90%]", "train[90%:]"
-    for split in ("validation", "test"):
-        if split in splits and source(split)[0]["label"] >= 0:  # some test splits hide labels as -1
-            train, test = "train", split
+    # For testing: the test split, unless it hides its labels, as -1; or validation; or a tenth.
+    has_labels = [x for x in ("test", "validation") if x in splits and source(x)[0]["label"] >= 0]
+    train, test = ("train", has_labels[0]) if has_labels else ("train[:90%]", "train[90%:]")
     if builder.name == "imagenet2012":  # as in the release
         train = "train[:99%]"
     return {"classes": classes, "train": source(train), "test": source(test), "read": read}
@@ -1333,16 +1394,16 @@ def attention_rollout(weights):
 
 
 def classify(options, photos):
-    """Prints the five likeliest classes of each photo, and writes PHOTO-attention.png.
+    """Prints the five most likely classes of each photo, and writes PHOTO-attention.png.
 
-    It shows the photo, and beside it the photo, dark where the class token does not attend. Raises
-    BadInput.
+    The picture has the photo on the left, and on the right the photo again, dark where the class
+    token does not attend. Raises BadInput.
     """
     params, names = load_pretrained(options, fine_tuned=True)
     count = num_classes_of(params)
     require(count, f"{options.pretrained} has no head: fine-tune it first")
-    if names is None and count == 1000:  # then they are assumed to be ImageNet's
-        from tensorflow_datasets.datasets.siscore import labels
+    if names is None and count == 1000:  # then we assume that they are ImageNet's
+        from tensorflow_datasets.datasets.siscore import labels  # where TFDS has readable names
 
         names = labels.IMAGENET_LABELS_LIST
     params = jax.device_put(adapt(params, options.image_size))
@@ -1351,10 +1412,10 @@ def classify(options, photos):
         image = decode(photo, photo)
         pixels = to_pixels(to_array(image, image_size_of(params)), options.dtype)
         logits, weights = model(params, pixels[None])
-        light = 26 + 229 * attention_rollout(np.asarray(weights))[0]  # from a tenth to 1, of 255
-        mask = Image.fromarray(light.astype(np.uint8)).resize(image.size, BILINEAR)
-        lit = Image.composite(image, Image.new("RGB", image.size), mask)
-        Image.fromarray(np.hstack([image, lit])).save(f"{photo}-attention.png")
+        brightness = 0.1 + 0.9 * attention_rollout(np.asarray(weights))[0]
+        mask = Image.fromarray((255 * brightness).astype(np.uint8)).resize(image.size, BILINEAR)
+        attended = Image.composite(image, Image.new("RGB", image.size), mask)
+        Image.fromarray(np.hstack([image, attended])).save(f"{photo}-attention.png")
         say(f"{photo} (see {photo}-attention.png)")
         probabilities = np.asarray(jax.nn.softmax(logits[0]))
         for label in probabilities.argsort()[::-1][:5]:
@@ -1383,17 +1444,20 @@ PRESETS = {  # defaults of some datasets
 
 def flag_parser():
     """A parser for DATA and all flags of Options. Its result has only the flags that are given."""
+
+    def refuse(message):
+        raise BadInput(message)
+
     parser = argparse.ArgumentParser(
         "vit.py", allow_abbrev=False, argument_default=argparse.SUPPRESS
     )
-    parser.error = lambda message: require(False, message)  # one line, without the usage
+    parser.error = refuse  # instead of printing the usage, too
     text = "digits, cifar10, cifar100, a TFDS dataset, a folder of CLASS/*.jpg, or photos (digits)"
     parser.add_argument("data", metavar="DATA", nargs="*", default=["digits"], help=text)
     for field in dataclasses.fields(Options):
-        kind = {"type": field.type, "choices": field.metadata["choices"]}
-        if field.type is bool:
-            kind = {"action": "store_true"}
-        text = f"{field.metadata['help']} ({field.default})"
+        kind = {"action": "store_true"} if field.type is bool else {"type": field.type}
+        choices = field.metadata["choices"] or ""
+        text = f"{field.metadata['help']} {choices} ({field.default})"
         parser.add_argument(f"--{field.name}", help=text, **kind)
     return parser
 
@@ -1401,8 +1465,8 @@ def flag_parser():
 def parse_options(argv):
     """The command line: [DATA or photos], and Options. Raises BadInput.
 
-    A flag counts more than these defaults for what is to be done, which count more than those of
-    Options.
+    A flag that is given comes first, then the default for photos, --eval_only or the dataset, then
+    the default of Options.
     """
     flags = vars(flag_parser().parse_intermixed_args(argv))
     paths = flags.pop("data")
@@ -1430,8 +1494,11 @@ def evaluate_only(options, data):
 
 
 def main(argv=None):
-    """The command line. Returns the exit status: 0, or 130 after Ctrl-C, or 2 after what users can
-    mend, in both cases with one line on stderr."""
+    """The command line. Returns the exit status.
+
+    It is 0; or 2, after a mistake of the user, or if memory, disk or another host fails; or 130,
+    after Ctrl-C. In the last two cases it prints one line on stderr. Other exceptions are bugs.
+    """
     try:
         paths, options = parse_options(argv)
         if options.coordinator_address or options.num_processes > 1:
@@ -1455,6 +1522,11 @@ def main(argv=None):
         else:
             raise
         status, line = 2, f"{line} ({error})"
+    except Exception:
+        if not jax.distributed.is_initialized():
+            raise
+        traceback.print_exc()
+        status, line = 1, "this host ends, and with it all others"
     print("vit.py:", " ".join(line.split())[:600], file=sys.stderr, flush=True)
     if jax.distributed.is_initialized():
         os._exit(status)  # JAX then ends the other hosts; a normal exit would wait for them
