@@ -585,13 +585,17 @@ def evaluate(params, data, options):
 
 
 def report(options, done, loss, rate, seconds):
-    """Prints a line of progress. seconds: for one update on average, evaluations included."""
-    left = seconds * (options.total_steps - done)
+    """Prints a line of progress, and returns the images per second.
+
+    seconds: how long one update takes on average, evaluations included.
+    """
+    left, speed = seconds * (options.total_steps - done), options.batch_size / seconds
     line = f"step {done}/{options.total_steps}  loss {loss:.4f}  lr {rate:.2e}"
-    line += f"  {options.batch_size / seconds:.1f} images/s  {duration(left)} left"
+    line += f"  {speed:.1f} images/s  {duration(left)} left"
     if left > 3600 and jax.default_backend() == "cpu":
         line += " (no GPU or TPU found; for a CPU: --model=ViT-Ti_16 --image_size=224)"
     say(line)
+    return speed
 
 
 def write_rows(options, rows, mode="a"):
@@ -637,14 +641,6 @@ def train(options, data):
         Image.fromarray(images).save(f"{options.logdir}/first_batch.png")
     write_rows(options, [COLUMNS, *rows], "w")
 
-    # A function is compiled when it is first called. By doing it now we can say how long it takes.
-    say(f"compiling an update of {options.batch_size} images of {size} x {size} pixels ...")
-    start_time = time.perf_counter()
-    images = jax.ShapeDtypeStruct((*positions.shape, size, size, 3), np.uint8)
-    labels = jax.ShapeDtypeStruct(positions.shape, np.int32)
-    update = train_step.lower(state, images, labels, options).compile()
-    say(f"compiled in {duration(time.perf_counter() - start_time)}")
-
     def is_due(done, every):
         return done % every == 0 or done == options.total_steps
 
@@ -652,21 +648,26 @@ def train(options, data):
         rows.append(row)
         write_rows(options, [row])
 
+    say(f"compiling an update of {options.batch_size} images of {size} x {size} pixels ...")
     loss, start_time = 0.0, time.perf_counter()
     for step, (images, labels) in zip(steps, batches(example, indices), strict=True):
         previous_loss, done = loss, step + 1
-        state, loss, rate = update(state, images, labels)
+        state, loss, rate = train_step(state, images, labels, options)
         # It returns before it has computed anything. Waiting for the previous update, not for this
         # one, keeps the devices busy with at most two, one running and one queued.
         jax.block_until_ready(previous_loss)
         log = is_due(done, options.log_every)
-        if log or step == first:
+        if log or step <= first + 1:
             value, rate = float(loss), float(rate)
             require(math.isfinite(value), f"the loss of step {done} is {value}; lower --base_lr")
-            seconds = (time.perf_counter() - start_time) / (done - first)
-            report(options, done, value, rate, seconds)
+            seconds, speed = time.perf_counter() - start_time, ""
+            if step == first:  # the first call has compiled the function: restart the clock
+                say(f"compiled and computed the first update in {duration(seconds)}")
+                start_time = time.perf_counter()
+            else:
+                speed = report(options, done, value, rate, seconds / (step - first))
         if log:
-            record(done, value, rate, options.batch_size / seconds, "")
+            record(done, value, rate, speed, "")
         if is_due(done, options.eval_every):
             record(done, "", "", "", evaluate(state["params"], data, options))
             save_run(options, data, state, rows)
