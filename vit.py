@@ -66,9 +66,8 @@ SIZES = {  # D, L, A: the paper, table 1; Ti and S: arXiv 2106.10270. In all of 
     "L": (1024, 24, 16),
     "H": (1280, 32, 16),
 }
-init = (
-    jax.nn.initializers
-)  # below, for kernels [L, D, A, E], [L, A, E, D], and [L, inputs, outputs]
+init = jax.nn.initializers
+# For kernels of shape [L, D, A, E], [L, A, E, D] and [L, inputs, outputs]:
 heads_init = init.xavier_uniform(in_axis=1, out_axis=(2, 3), batch_axis=0)
 out_init = init.xavier_uniform(in_axis=(1, 2), out_axis=3, batch_axis=0)
 mlp_init = init.xavier_uniform(in_axis=1, out_axis=2, batch_axis=0)
@@ -137,7 +136,7 @@ def patch_embedding(images, kernel, bias):
     """Cuts images into patches and projects each (paper, eq. 1): [B, H, W, 3] -> [B, N-1, D].
 
     kernel: [P, P, 3, D], bias: [D]. The result is that of a convolution with kernel size and stride
-    P. Raises TypeError or ValueError if H or W is not a multiple of P.
+    P. Raises TypeError (for a NumPy array ValueError) if H or W is not a multiple of P.
     """
     b, h, w, c = images.shape
     patch = kernel.shape[0]
