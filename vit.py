@@ -136,7 +136,7 @@ def patch_embedding(images, kernel, bias):
     """Cuts images into patches and projects each (paper, eq. 1): [B, H, W, 3] -> [B, N-1, D].
 
     kernel: [P, P, 3, D], bias: [D]. The result is that of a convolution with kernel size and stride
-    P. Raises TypeError (for a NumPy array ValueError) if H or W is not a multiple of P.
+    P. H and W must be multiples of P.
     """
     b, h, w, c = images.shape
     patch = kernel.shape[0]
@@ -243,13 +243,14 @@ def forward(
         block, block_key = block_and_key
         return encoder_block(x, block, block_key, dropout_rate, return_attention)
 
-    # The policy saves x @ kernel, but not the products of attention. JAX tells them apart by batch
-    # dimensions, axes that both operands of a product have in common: x and a kernel have none, q
-    # and k have two, images and heads. (Inside scan, prevent_cse is not needed, says JAX.)
-    checkpoint_policies = jax.checkpoint_policies
-    policy = checkpoint_policies.dots_with_no_batch_dims_saveable
+    # The policy saves the products x @ kernel, but not those of attention. JAX tells them apart by
+    # batch dimensions, axes that both operands share: x and a kernel have none; q and k have two,
+    # images and heads. (prevent_cse would keep XLA from merging the second computation with the
+    # first, which it cannot do inside scan anyway.)
     if remat:
-        policy = checkpoint_policies.nothing_saveable
+        policy = jax.checkpoint_policies.nothing_saveable
+    else:
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
     apply_block = jax.checkpoint(apply_block, policy=policy, prevent_cse=False)
     # scan applies it to slice after slice of the stacked blocks, carrying x along. A Python loop
     # would do the same, but XLA would have to compile every block by itself.
@@ -307,7 +308,7 @@ def num_classes_of(params):
 
 
 def to_pixels(images, dtype=jnp.float32):
-    """uint8 [...] -> [-1, 1], which the released models expect, in float32 or another dtype."""
+    """Pixels from 0 to 255, uint8, to -1 to 1, as the released models expect: [...] -> same."""
     return ((images.astype(jnp.float32) - 127.5) / 127.5).astype(dtype)
 
 
@@ -356,7 +357,8 @@ def sgd_update(params, momentum, grads, rate, beta=0.9):
 
     As in the release, momentum is stored in bfloat16 and rounded twice: beta * momentum is
     computed in bfloat16 (0.9 rounds to 0.8984), and the new sum is rounded when it is stored. The
-    sum itself and the update are float32. (In compiled code XLA may leave out the first rounding.)
+    sum itself and the update are float32. (When it compiles this, XLA may keep the first product in
+    float32; the second rounding is certain.)
     """
     decayed = jax.tree.map(lambda m: beta * m, momentum)
     new = jax.tree.map(jnp.add, decayed, grads)  # bfloat16 + float32 is float32
@@ -364,12 +366,11 @@ def sgd_update(params, momentum, grads, rate, beta=0.9):
     return params, jax.tree.map(lambda old, m: m.astype(old.dtype), momentum, new)
 
 
-# `pmap` compiles a function once and runs it on all devices at the same time. in_axes says what
-# each device is given of the four arguments below: 0, its own slice along the first axis; None, all
-# of it. With out_axes=None, each device keeps its own copy of the result, which must be the same on
-# all, and Python sees one array. (`jit` with sharded arrays leaves it to the compiler where devices
-# communicate; here one can see it, as with `shard_map`, on which pmap is built.) A static argument
-# is a constant of the compiled function. A donated one gives its memory to the results.
+# `pmap` compiles a function once and runs it on all devices at the same time. For each argument of
+# the two functions below, in_axes says what a device is given: 0, its own slice along the first
+# axis; None, all of it. With out_axes=None, each device keeps its own copy of the result, which
+# must be the same on all, and Python sees one array. (`jit` with sharded arrays leaves it to the
+# compiler where devices communicate; here one sees it, as with `shard_map`, of which pmap is made.)
 ON_ALL_DEVICES = {"axis_name": "devices", "in_axes": (None, 0, 0, None), "out_axes": None}
 
 
@@ -383,19 +384,21 @@ def train_step(state, images, labels, options):
     keys derive from seed and step: `mixup_key, dropout_key = split(fold_in(key(seed), step))`.
 
     In an update devices communicate at one point only: `pmean` replaces loss and gradients by their
-    mean over all devices. From there on all devices compute the same new state.
+    mean over all devices. From there on all devices compute the same new state. options are static,
+    constants of the compiled function; state is donated, it gives its memory to the new state.
     """
     params = state["params"]
     step_key = jax.random.fold_in(jax.random.key(options.seed), state["step"])
     mixup_key, dropout_key = jax.random.split(step_key)
     dropout_key = jax.random.fold_in(dropout_key, jax.lax.axis_index("devices"))
     dropout_keys = jax.random.split(dropout_key, options.accum_steps)
+    alpha = options.mixup_alpha
+    lam = jax.random.beta(mixup_key, alpha, alpha) if alpha else None
 
     def loss_of(params, images, labels, dropout_key):
         images = to_pixels(images)
         targets = jax.nn.one_hot(labels, num_classes_of(params))
-        if options.mixup_alpha:
-            lam = jax.random.beta(mixup_key, options.mixup_alpha, options.mixup_alpha)
+        if lam is not None:
             images, targets = mixup(images, targets, lam)
         images = images.astype(options.dtype)
         logits = forward(params, images, dropout_key, options.dropout, options.remat)
@@ -456,6 +459,9 @@ def duration(seconds):
 
 # -------------------------------------------------------------------------------------- 4. Examples
 
+# Data are a dict of "classes", the names of the K classes; "train" and "test", sequences of items
+# of any kind; and "read", a function from an item to (Pillow image in RGB, label from 0 to K - 1).
+
 ORDER, CROPS = 0, 1  # two streams of random numbers from one seed
 BILINEAR = Image.Resampling.BILINEAR
 POOL = ThreadPoolExecutor(os.cpu_count())  # reads images: Pillow does its work in parallel threads
@@ -493,7 +499,7 @@ def epoch_order(seed, epoch, count):
 def training_example(data, options, image_size, index):
     """Training example number index = step * batch size + place in the batch.
 
-    data: see `train`. Returns (uint8 [image_size, image_size, 3], label), which depend on nothing
+    Returns (uint8 [image_size, image_size, 3], label), which depend on nothing
     but the arguments: a resumed run, even on other devices, sees the same examples as one that was
     never stopped. Raises BadInput for a label not from 0 to K - 1.
     """
@@ -555,7 +561,7 @@ COLUMNS = ("step", "loss", "learning_rate", "images_per_second", "test_accuracy"
 def evaluate(params, data, options):
     """Top-1 accuracy on the test images, from 0 to 1; each image counts once.
 
-    data: see `train`. Reports progress every ten seconds.
+    Reports progress every ten seconds.
     """
     count, size, devices = len(data["test"]), image_size_of(params), jax.device_count()
 
@@ -565,9 +571,8 @@ def evaluate(params, data, options):
         image, label = data["read"](data["test"][i])
         return to_array(image, size), label
 
-    per_device = max(
-        1, options.batch_size // options.accum_steps // devices
-    )  # fits, as in training
+    # A micro-batch of training is known to fit into the memory of a device.
+    per_device = max(1, options.batch_size // options.accum_steps // devices)
     batch_size = devices * per_device
     positions = batch_positions(batch_size)[:, 0]  # [local devices, B]; there is only one part
     starts = range(0, count, batch_size)
@@ -584,17 +589,13 @@ def evaluate(params, data, options):
 
 
 def report(options, done, loss, rate, seconds):
-    """Prints a line of progress, and returns the images per second.
-
-    seconds: how long one update takes on average, evaluations included.
-    """
-    left, speed = seconds * (options.total_steps - done), options.batch_size / seconds
+    """Prints a line of progress. seconds: for one update on average, evaluations included."""
+    left = seconds * (options.total_steps - done)
     line = f"step {done}/{options.total_steps}  loss {loss:.4f}  lr {rate:.2e}"
-    line += f"  {speed:.1f} images/s  {duration(left)} left"
+    line += f"  {options.batch_size / seconds:.1f} images/s  {duration(left)} left"
     if left > 3600 and jax.default_backend() == "cpu":
         line += " (no GPU or TPU found; for a CPU: --model=ViT-Ti_16 --image_size=224)"
     say(line)
-    return speed
 
 
 def write_rows(options, rows, mode="a"):
@@ -608,10 +609,8 @@ def write_rows(options, rows, mode="a"):
 def train(options, data):
     """Trains on data and returns params as NumPy arrays.
 
-    data: a dict of "classes" (K names), "train" and "test" (sequences of items), and "read", a
-    function that turns an item into (Pillow image in RGB, label from 0 to K - 1). The first host
-    writes first_batch.png (the first eight examples), metrics.csv and, after each evaluation,
-    checkpoint.npz to options.logdir.
+    The first host writes first_batch.png (the first eight examples), metrics.csv and, after each
+    evaluation, checkpoint.npz to options.logdir.
 
     Stop it however you like: Ctrl-C, kill, a power cut. Starting and resuming are the same call: it
     continues from checkpoint.npz if that exists, so that only updates since the last evaluation are
@@ -620,9 +619,8 @@ def train(options, data):
     data or the checkpoint, for data that cannot be read, and for a loss that is not finite.
     """
     positions = batch_positions(options.batch_size, options.accum_steps)
-    if options.mixup_alpha:
-        several = "--mixup_alpha needs two images at a time on each device: lower --accum_steps"
-        require(positions.shape[-1] > 1, several)
+    can_mix = positions.shape[-1] > 1 or not options.mixup_alpha
+    require(can_mix, "--mixup_alpha needs two images at a time on each device: lower --accum_steps")
     # The state of train_step, and the rows of metrics.csv so far: from checkpoint.npz, or new.
     state, rows = start_or_resume(options, data)  # in part 9
     first, size = int(state["step"]), image_size_of(state["params"])
@@ -650,23 +648,25 @@ def train(options, data):
     say(f"compiling an update of {options.batch_size} images of {size} x {size} pixels ...")
     loss, start_time = 0.0, time.perf_counter()
     for step, (images, labels) in zip(steps, batches(example, indices), strict=True):
-        previous_loss, done = loss, step + 1
+        previous_loss, done = loss, step + 1  # the number of updates, with this one
         state, loss, rate = train_step(state, images, labels, options)
         # It returns before it has computed anything. Waiting for the previous update, not for this
         # one, keeps the devices busy with at most two, one running and one queued.
         jax.block_until_ready(previous_loss)
         log = is_due(done, options.log_every)
-        if log or step <= first + 1:
-            value, rate = float(loss), float(rate)
-            require(math.isfinite(value), f"the loss of step {done} is {value}; lower --base_lr")
-            seconds, speed = time.perf_counter() - start_time, ""
-            if step == first:  # the first call has compiled the function: restart the clock
-                say(f"compiled and computed the first update in {duration(seconds)}")
-                start_time = time.perf_counter()
-            else:
-                speed = report(options, done, value, rate, seconds / (step - first))
+        if step == first:  # it was compiled, too, so the clock starts again
+            jax.block_until_ready(loss)
+            seconds, images_per_second = time.perf_counter() - start_time, ""
+            say(f"compiled and computed the first update in {duration(seconds)}")
+            start_time = time.perf_counter()
+        elif log or step == first + 1:  # the second gives a first idea of the speed
+            jax.block_until_ready(loss)
+            seconds = (time.perf_counter() - start_time) / (step - first)
+            images_per_second = options.batch_size / seconds
+            report(options, done, float(loss), float(rate), seconds)
         if log:
-            record(done, value, rate, speed, "")
+            require(math.isfinite(loss), f"the loss of step {done} is {loss}; lower --base_lr")
+            record(done, float(loss), float(rate), images_per_second, "")
         if is_due(done, options.eval_every):
             record(done, "", "", "", evaluate(state["params"], data, options))
             save_run(options, data, state, rows)
@@ -767,12 +767,23 @@ def atomic_write(path):
         partial.unlink(missing_ok=True)
 
 
+def download(url, file):
+    """Writes what an address has to an open file. Raises OSError, HTTPException or BadInput."""
+    with urllib.request.urlopen(url, timeout=60) as reply:
+        size = int(reply.headers["Content-Length"] or 0)
+        while chunk := reply.read(16 << 20):
+            file.write(chunk)
+            say(f"fetching {url}: {file.tell() >> 20} of {size >> 20} MiB")
+    file.flush()
+    require(file.tell() >= size, f"it was cut off after {file.tell()} bytes")
+
+
 def fetch(urls, options, read):
     """Downloads a file from the first of several addresses that works; returns read(its path).
 
     The file is kept for the next time, under a name derived from the first address. It gets that
-    name only after read has accepted it; if read raises something, nothing is kept. Raises BadInput
-    if every address fails or is silent for 60 seconds.
+    name last: if read raises something before, nothing is kept. Raises BadInput if every address
+    fails or is silent for 60 seconds.
     """
     digest = hashlib.sha256(urls[0].encode()).hexdigest()[:8]
     path = Path(options.data_dir, "downloads", f"{digest}-{Path(urls[0]).name}").expanduser()
@@ -781,16 +792,10 @@ def fetch(urls, options, read):
     failures = []
     for url in urls:
         try:
-            with urllib.request.urlopen(url, timeout=60) as reply, atomic_write(path) as file:
-                size = int(reply.headers["Content-Length"] or 0)
-                while chunk := reply.read(64 << 20):
-                    file.write(chunk)
-                    say(f"fetching {url}: {file.tell() >> 20} of {size >> 20} MiB")
-                require(file.tell() >= size, f"it was cut off after {file.tell()} bytes")
-                file.flush()
-                # If read does not accept it, its exception makes atomic_write remove the file.
+            with atomic_write(path) as file:
+                download(url, file)
                 content = read(file.name)
-            return content  # the end of the with block has given the file its name
+            return content
         except (OSError, http.client.HTTPException, BadInput) as error:
             failures.append(f"{url} ({error})")
             say(f"cannot use {failures[-1]}")
@@ -861,7 +866,7 @@ TIMM = {  # {name in timm: name in PARAMETERS}, after `split_qkv` and without bl
 
 
 def block_name(name, i):
-    """The name in a checkpoint: of what PARAMETERS stacks, for block i; all others are the same."""
+    """The name in a checkpoint of block i of a stacked array. Other names stay as they are."""
     return name.replace(BLOCK, f"Transformer/encoderblock_{i}/")
 
 
@@ -907,9 +912,8 @@ def from_timm(arrays):
     otherwise D/64. Raises BadInput for a name that is not in TIMM, because then it is another kind
     of model.
 
-    The released weights, and timm's copies of them, were trained with the tanh form of GELU, as in
-    `mlp`; DeiT, DINO and others of timm's with the exact one. The two differ by at most 4.7e-4, and
-    logits of models with random weights by 1.6e-4 of the largest.
+    DeiT, DINO and other models of timm were trained with the exact GELU, which differs from that of
+    `mlp` by at most 4.7e-4; logits of models with random weights by 1.6e-4 of the largest.
     """
     width = arrays["cls_token"].shape[-1]
     heads = {d: a for d, _, a in SIZES.values()}.get(width, width // 64)
@@ -966,45 +970,49 @@ def to_released(params):
     return arrays
 
 
-def to_params(arrays, source):
-    """{released name: array} -> params, a nested dict of float32 NumPy arrays.
-
-    A head may be missing, as in some of timm's files; what our checkpoints hold besides params is
-    ignored. Raises BadInput, naming source, for an array that is missing, unknown, of another
-    shape, or not finite.
-    """
-    found = {}
+def rename(arrays):
+    """Arrays of parameters under the released names; optimizer state and the like is left out."""
+    renamed = {}
     for name, array in arrays.items():
         for newer, released in NEWER_FLAX.items():
             name = name.replace(newer, released)
         if not name.startswith(("opt/", "train/", "class_names")):
-            finite = array.size and array.dtype.kind == "f" and np.isfinite(array).all()
-            require(finite, f"{source}: {name} holds something other than finite numbers")
-            found[name] = np.asarray(array, np.float32)
-    depth = sum(name.endswith("/LayerNorm_0/bias") for name in found)
+            renamed[name] = array
+    return renamed
+
+
+def to_params(arrays, source):
+    """{released name: array} -> params, a nested dict of float32 NumPy arrays.
+
+    A head may be missing, as in some of timm's files, but not half of it. Raises BadInput, naming
+    source, for an array that is missing, unknown, of another shape, or not finite.
+    """
+    arrays = rename(arrays)
+    layers = {name.split("/")[0] for name in arrays}
+    depth = sum(name.endswith("/LayerNorm_0/bias") for name in arrays)
     require(depth, f"{source} is not a Vision Transformer: it has no blocks")
-    layers = {name.split("/")[0] for name in found}
-    # The first array that has a letter gives its size; with that, all others have to agree.
-    sizes = {"1": 1, "3": 3}
-    for name, (letters, _) in PARAMETERS.items():
-        if block_name(name, 0) in found:
-            shape = found[block_name(name, 0)].shape
-            sizes = dict(zip(letters.removeprefix("L"), shape, strict=False)) | sizes
-    params = {}
+    sizes, params = {"1": 1, "3": 3}, {}
     for name, (letters, _) in PARAMETERS.items():
         layer = name.split("/")[0]
         if layer in ("pre_logits", "head") and layer not in layers:
             continue
-        shape = tuple(sizes.get(letter) for letter in letters.removeprefix("L"))
         blocks = []
-        for part in [block_name(name, i) for i in range(depth if letters[0] == "L" else 1)]:
-            require(part in found, f"{source} has no {part}")
-            array = found.pop(part)
-            wrong = f"{source}: {part} has the shape {array.shape}, not {shape}"
-            require(array.shape == shape, wrong)
-            blocks.append(array)
+        for i in range(depth if letters[0] == "L" else 1):
+            part = block_name(name, i)
+            require(part in arrays, f"{source} has no {part}")
+            array = arrays.pop(part)
+            # The first array that has a letter sets its size, and all later ones have to agree.
+            axes = letters.removeprefix("L")
+            for letter, size in zip(axes, array.shape, strict=False):
+                sizes.setdefault(letter, size)
+            shape = tuple(sizes.get(letter) for letter in axes)
+            fits = array.shape == shape
+            require(fits, f"{source}: {part} has the shape {array.shape}, not {shape}")
+            finite = array.size and array.dtype.kind == "f" and np.isfinite(array).all()
+            require(finite, f"{source}: {part} holds something other than finite numbers")
+            blocks.append(np.asarray(array, np.float32))
         params[name] = np.stack(blocks) if letters[0] == "L" else blocks[0]
-    require(not found, f"{source} has {[*found][:3]}, so it is another kind of model")
+    require(not arrays, f"{source} has {[*arrays][:3]}, so it is another kind of model")
     patches = sizes["N"] - 1
     square = patches and math.isqrt(patches) ** 2 == patches
     require(square, f"{source} is not for square images: it has embeddings of {patches} patches")
@@ -1018,7 +1026,7 @@ def read_checkpoint(path):
 
 
 def load_checkpoint(path):
-    """The params of a checkpoint, an .npz or timm's .safetensors, as NumPy arrays, for any use.
+    """For your own programs: the params of an .npz or of timm's .safetensors, as NumPy arrays.
 
     Raises BadInput if they are not those of a Vision Transformer, or OSError if there is no file.
     """
@@ -1036,7 +1044,7 @@ def load_pretrained(options, fine_tuned=False):
         table, folder = PRE_TRAINED, "imagenet21k"
         if fine_tuned:
             table, folder = FINE_TUNED, "imagenet21k+imagenet2012"
-        require(model in table, f"--model={model} is not released, only {', '.join(table)}")
+        require(model in table, f"--model={model} must be one of {', '.join(table)}")
         urls = [f"{HUB}{table[model]}/resolve/main/model.safetensors"]
         if ".orig_" in table[model]:  # the authors' own file comes first
             urls = [f"{BUCKET}{folder}/{model}.npz", *urls]
@@ -1102,10 +1110,13 @@ def adapt(params, image_size, num_classes=None):
 
 # A run is what its options and its data define. Its folder, --logdir, has checkpoint.npz, by which
 # it can be resumed. Several hosts run one process each, by the same command but for --process_id.
-# Each reads the whole checkpoint, and its own share of the images. The first host alone writes; so
-# a run is resumed from a folder that all hosts can read. If one host ends, JAX ends the others.
-PER_HOST = ("coordinator_address", "process_id", "logdir", "data_dir")  # may differ between hosts
-# What else may change when a run is resumed:
+# Each reads the whole checkpoint, and its own share of the images. The first host alone writes the
+# run's files; so a run is resumed from a folder that all hosts can read. If one host fails, JAX
+# ends the processes of the others: at once if it was the first, otherwise within 100 seconds.
+
+# These options may differ between hosts, and may change when a run is resumed.
+PER_HOST = ("coordinator_address", "process_id", "logdir", "data_dir")
+# These must be the same on all hosts, but may change when a run is resumed.
 MAY_CHANGE = ("num_processes", "accum_steps", "remat", "log_every", "eval_every", "eval_only")
 MOMENTUM = "train/momentum/"  # how the names of momentum begin in checkpoint.npz
 
@@ -1140,7 +1151,8 @@ def same_on_all_hosts(values):
     names = [name for name in values if name not in PER_HOST]
     digests = np.uint32([zlib.crc32(repr(values[name]).encode()) for name in names])
     for name, column in zip(names, multihost_utils.process_allgather(digests).T, strict=True):
-        require(len({*column.tolist()}) == 1, f"the hosts differ in {name}, here {values[name]}")
+        same = len({*column.tolist()}) == 1
+        require(same, f"the hosts differ in {name}, here {values[name]}; see --logdir, --data_dir")
 
 
 def replicate(tree):
@@ -1162,7 +1174,8 @@ def resume(path, identity):
         change = f"{path} belongs to another run: its {name} was {was}, not {value}"
         require(was == value, f"{change}; choose another --logdir")
     params = to_params(arrays, path)
-    # The structure and the dtypes of momentum are those of sgd_init, its values are in the file.
+    # The file has the values of momentum. eval_shape gives its structure, and its dtypes, which are
+    # those of sgd_init, without computing anything.
     momentum = jax.tree.map_with_path(
         lambda place, leaf: arrays[MOMENTUM + leaf_name(place)].astype(leaf.dtype),
         jax.eval_shape(sgd_init, params),
@@ -1183,8 +1196,7 @@ def start_or_resume(options, data):
     else:
         params = initial_params(options, len(data["classes"]))
         state, rows = {"params": params, "momentum": sgd_init(params), "step": np.int32(0)}, []
-    step = {"step of checkpoint.npz (is it the same --logdir?)": int(state["step"])}
-    same_on_all_hosts(vars(options) | identity | step)
+    same_on_all_hosts(vars(options) | identity | {"step of checkpoint.npz": int(state["step"])})
     return replicate(state), rows
 
 
@@ -1202,14 +1214,15 @@ def save_run(options, data, state, rows):
 def join_hosts(options):
     """Connects this host with all others, waiting up to five minutes for them.
 
-    From then on JAX ends the processes of all hosts if one of them fails (see `main`), or if it is
-    silent for 100 seconds. Raises BadInput if options do not say where the others are.
+    Raises BadInput if options do not say where the others are.
     """
     address = options.coordinator_address
     fits = re.fullmatch(r"auto|.+:\d+", address)
     require(fits, f"--coordinator_address={address!r} must be HOST:PORT of the first host, or auto")
+    # Not `say`: JAX does not know yet which host is the first.
     print(f"waiting for all hosts at {address}, five minutes at most", flush=True)
-    jax.config.update("jax_enable_preemption_service", False)  # it would catch SIGTERM
+    # It would catch SIGTERM, by which `kill` ends a process.
+    jax.config.update("jax_enable_preemption_service", False)
     known = () if address == "auto" else (address, options.num_processes, options.process_id)
     try:
         jax.distributed.initialize(
@@ -1217,8 +1230,8 @@ def join_hosts(options):
         )
     except ValueError as error:
         raise BadInput(f"--coordinator_address={address}: {error}") from error
-    # The first collective fails if a host comes 30 seconds after the others, as one that loads data
-    # may do. So here is one, while all are together. Later ones wait longer.
+    # The first time that they communicate, hosts wait for each other for only 30 seconds, and loading
+    # data may take longer. So here is a first time, while all are together.
     multihost_utils.sync_global_devices("all hosts are here")
 
 
@@ -1484,7 +1497,10 @@ def parse_options(argv):
 
 
 def evaluate_only(options, data):
-    """Evaluates what --pretrained names. Raises BadInput if its classes are not those of data."""
+    """Evaluates what --pretrained names.
+
+    Raises BadInput if its class names, or without names their number, are not those of data.
+    """
     params, names = load_pretrained(options, fine_tuned=True)
     classes = [*data["classes"]]
     same = len(classes) == num_classes_of(params) if names is None else [*names] == classes
@@ -1494,10 +1510,11 @@ def evaluate_only(options, data):
 
 
 def main(argv=None):
-    """The command line. Returns the exit status.
+    """The command line. Returns the exit status, with one line on stderr unless it is 0.
 
-    It is 0; or 2, after a mistake of the user, or if memory, disk or another host fails; or 130,
-    after Ctrl-C. In the last two cases it prints one line on stderr. Other exceptions are bugs.
+    0: done. 2: a mistake of the user, a full disk, too little memory, or the loss of another host.
+    130: Ctrl-C. Any other exception is a bug, and is raised; but on several hosts its traceback is
+    printed, and the process ends at once, since otherwise it would wait for the others.
     """
     try:
         paths, options = parse_options(argv)
@@ -1526,10 +1543,10 @@ def main(argv=None):
         if not jax.distributed.is_initialized():
             raise
         traceback.print_exc()
-        status, line = 1, "this host ends, and with it all others"
+        status, line = 1, "this is a bug"
     print("vit.py:", " ".join(line.split())[:600], file=sys.stderr, flush=True)
     if jax.distributed.is_initialized():
-        os._exit(status)  # JAX then ends the other hosts; a normal exit would wait for them
+        os._exit(status)
     return status
 
 
