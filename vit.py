@@ -71,10 +71,10 @@ init = jax.nn.initializers
 heads_init = init.xavier_uniform(in_axis=1, out_axis=(2, 3), batch_axis=0)
 out_init = init.xavier_uniform(in_axis=(1, 2), out_axis=3, batch_axis=0)
 mlp_init = init.xavier_uniform(in_axis=1, out_axis=2, batch_axis=0)
-# All parameters: the name in the released checkpoints; the shape, a letter for each axis, 1 and 3
-# standing for themselves; the initial distribution, or None for what is only ever loaded. In a
+# Each parameter has its name in the released checkpoints, a shape, with a letter for each axis (1
+# and 3 stand for themselves), and an initial distribution (None if it is only ever loaded). In a
 # checkpoint each block has arrays of its own, in encoderblock_0 and so on; here they are stacked,
-# [L, ...]. `init_params` makes what this table says, and `to_params` checks that a file holds it.
+# [L, ...]. `init_params` makes what this table says, and `to_params` checks that a file has it.
 PARAMETERS = {
     "embedding/kernel": ("PP3D", init.lecun_normal((0, 1, 2))),
     "embedding/bias": ("D", init.zeros),
@@ -147,7 +147,7 @@ def patch_embedding(images, kernel, bias):
 
 
 def fused_attention(q, k, v):
-    """What `attention` computes from q, k and v, [B, N, A, E] each, in a single GPU kernel.
+    """softmax(q k^T / sqrt(E)) v in a single GPU kernel: [B, N, A, E] each -> [B, N, A, E].
 
     The N x N weights never leave the chip; on a GPU, moving them is what limits the plain form. The
     kernel needs a multiple of 8 tokens, so we pad, mask the padding, and slice it off again.
@@ -171,7 +171,7 @@ def attention(x, query, key, value, out, return_weights=False):
     q = linear(x, **query).reshape(b, n, heads, head_dim)  # [B, N, A*E] -> [B, N, A, E]
     k = linear(x, **key).reshape(b, n, heads, head_dim)
     v = linear(x, **value).reshape(b, n, heads, head_dim)
-    # The fused kernel is for bfloat16 on NVIDIA's GPUs; that they are Ampere or later is assumed.
+    # The fused kernel needs bfloat16 and an NVIDIA GPU, Ampere or later, which we assume.
     on_nvidia = "NVIDIA" in jax.devices()[0].device_kind
     if on_nvidia and x.dtype == jnp.bfloat16 and not return_weights:
         y, weights = fused_attention(q, k, v), None
@@ -221,11 +221,11 @@ def forward(
     turns dropout on. With return_attention, the weights of all blocks, [L, B, A, N, N], are also
     returned. Raises TypeError if the number of patches does not fit the position embeddings.
 
-    For the gradient, JAX by default keeps everything that the forward pass computed. Here each
-    block keeps only its input and the products with its kernels. The backward pass computes the
-    rest again: norms, biases, softmax, GELU and dropout masks, because that is cheaper than moving
-    them to memory and back, and the attention, because its weights are N x N (the fused kernel is
-    run again, too). With remat a block keeps only its input, and is computed again as a whole.
+    For the gradient, JAX by default keeps all results that the backward pass uses. Here each block
+    keeps only its input and the products with its kernels. The backward pass computes the others
+    again: norms, biases, softmax, GELU and dropout masks, because that is cheaper than moving them
+    to memory and back, and the attention, because its weights are N x N (the fused kernel is run
+    again, too). With remat a block keeps only its input, and is computed again as a whole.
     """
     encoder = params["Transformer"]
     blocks = encoder["encoderblock"]  # the arrays of all L blocks are stacked: [L, ...]
@@ -247,10 +247,7 @@ def forward(
     # batch dimensions, axes that both operands share: x and a kernel have none; q and k have two,
     # images and heads. (prevent_cse would keep XLA from merging the second computation with the
     # first, which it cannot do inside scan anyway.)
-    if remat:
-        policy = jax.checkpoint_policies.nothing_saveable
-    else:
-        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    policy = None if remat else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
     apply_block = jax.checkpoint(apply_block, policy=policy, prevent_cse=False)
     # scan applies it to slice after slice of the stacked blocks, carrying x along. A Python loop
     # would do the same, but XLA would have to compile every block by itself.
@@ -478,8 +475,8 @@ def to_array(image, size, box=None):
 def inception_crop(rng, width, height):
     """A random box (left, upper, right, lower) in pixels, as TensorFlow draws it for the release.
 
-    First the aspect ratio is drawn, w / h from 3/4 to 4/3, then the height, from that of a box with
-    5 % of the area (h * h * aspect) to the largest that fits.
+    The aspect ratio w / h is uniform from 3/4 to 4/3. Then the height is uniform, from that of a
+    box with 5 % of the area to that of the largest box that fits.
     """
     aspect = rng.uniform(3 / 4, 4 / 3)
     largest = min(height, width / aspect)
@@ -687,13 +684,14 @@ def option(default, help, minimum=0, choices=None):
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """All flags of the command line. Names and defaults follow the release's fine-tuning recipe.
+    """All flags of the command line. Names and defaults are the release's, where it has them.
 
     Raises BadInput if a value is not allowed.
     """
 
     model: str = option(
-        "ViT-B_16", "ViT-SIZE_PATCH, of size XS, Ti, S, B, L or H; unused if --pretrained is a file"
+        "ViT-B_16",
+        "ViT-SIZE_PATCH, of size XS, Ti, S, B, L or H, if --pretrained is released or none",
     )
     pretrained: str = option("released", "released, none, or a checkpoint's file or address")
     image_size: int = option(
@@ -794,8 +792,7 @@ def fetch(urls, options, read):
         try:
             with atomic_write(path) as file:
                 download(url, file)
-                content = read(file.name)
-            return content
+                return read(file.name)
         except (OSError, http.client.HTTPException, BadInput) as error:
             failures.append(f"{url} ({error})")
             say(f"cannot use {failures[-1]}")
@@ -1230,8 +1227,8 @@ def join_hosts(options):
         )
     except ValueError as error:
         raise BadInput(f"--coordinator_address={address}: {error}") from error
-    # The first time that they communicate, hosts wait for each other for only 30 seconds, and loading
-    # data may take longer. So here is a first time, while all are together.
+    # The first time that they communicate, hosts wait 30 seconds for each other, and loading data
+    # may take longer. So here is a first time, while all are together.
     multihost_utils.sync_global_devices("all hosts are here")
 
 
@@ -1281,7 +1278,7 @@ def cifar(name, options):
     def read_archive(path):
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        require(digest == CIFAR[name], f"{path} is damaged (its SHA-256); delete it if it is there")
+        require(digest == CIFAR[name], f"{path} has another SHA-256 than the authors': delete it")
         with tarfile.open(path) as archive:
             return {Path(x.name).name: archive.extractfile(x).read() for x in archive if x.isfile()}
 
@@ -1513,8 +1510,7 @@ def main(argv=None):
     """The command line. Returns the exit status, with one line on stderr unless it is 0.
 
     0: done. 2: a mistake of the user, a full disk, too little memory, or the loss of another host.
-    130: Ctrl-C. Any other exception is a bug, and is raised; but on several hosts its traceback is
-    printed, and the process ends at once, since otherwise it would wait for the others.
+    130: Ctrl-C. Any other exception is a bug, and is raised, but on several hosts printed: 1.
     """
     try:
         paths, options = parse_options(argv)
@@ -1545,10 +1541,9 @@ def main(argv=None):
         traceback.print_exc()
         status, line = 1, "this is a bug"
     print("vit.py:", " ".join(line.split())[:600], file=sys.stderr, flush=True)
-    if jax.distributed.is_initialized():
-        os._exit(status)
     return status
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    if status := main():
+        os._exit(status)  # at once: sys.exit would wait for updates, images and hosts
