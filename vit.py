@@ -222,10 +222,11 @@ def forward(
     returned. Raises TypeError if the number of patches does not fit the position embeddings.
 
     For the gradient, JAX by default keeps all results that the backward pass uses. Here each block
-    keeps only its input and the products with its kernels. The backward pass computes the others
-    again: norms, biases, softmax, GELU and dropout masks, because that is cheaper than moving them
-    to memory and back, and the attention, because its weights are N x N (the fused kernel is run
-    again, too). With remat a block keeps only its input, and is computed again as a whole.
+    keeps only its input and the products x @ kernel of its linear layers. The backward pass
+    computes the rest again: norms, biases, GELU and dropout masks, because that is cheaper than
+    moving them to memory and back; softmax and the products of attention, because the weights are N
+    x N (the fused kernel is run again as a whole). With remat a block keeps only its input, and all
+    of it is computed again.
     """
     encoder = params["Transformer"]
     blocks = encoder["encoderblock"]  # the arrays of all L blocks are stacked: [L, ...]
@@ -243,10 +244,10 @@ def forward(
         block, block_key = block_and_key
         return encoder_block(x, block, block_key, dropout_rate, return_attention)
 
-    # The policy saves the products x @ kernel, but not those of attention. JAX tells them apart by
-    # batch dimensions, axes that both operands share: x and a kernel have none; q and k have two,
-    # images and heads. (prevent_cse would keep XLA from merging the second computation with the
-    # first, which it cannot do inside scan anyway.)
+    # The policy saves x @ kernel, but not the products of attention. JAX tells them apart by batch
+    # dimensions, axes that both operands share: x and a kernel have none; q and k have two, images
+    # and heads. (prevent_cse=True would stop XLA from merging the second computation with the
+    # first; inside scan it cannot do that, so we switch it off.)
     policy = None if remat else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
     apply_block = jax.checkpoint(apply_block, policy=policy, prevent_cse=False)
     # scan applies it to slice after slice of the stacked blocks, carrying x along. A Python loop
@@ -305,7 +306,7 @@ def num_classes_of(params):
 
 
 def to_pixels(images, dtype=jnp.float32):
-    """Pixels from 0 to 255, uint8, to -1 to 1, as the released models expect: [...] -> same."""
+    """Scales uint8 pixels, [...], from 0..255 to -1..1, which the released models expect."""
     return ((images.astype(jnp.float32) - 127.5) / 127.5).astype(dtype)
 
 
@@ -363,11 +364,12 @@ def sgd_update(params, momentum, grads, rate, beta=0.9):
     return params, jax.tree.map(lambda old, m: m.astype(old.dtype), momentum, new)
 
 
-# `pmap` compiles a function once and runs it on all devices at the same time. For each argument of
-# the two functions below, in_axes says what a device is given: 0, its own slice along the first
+# `pmap` compiles a function once and runs it on all devices at the same time. in_axes says what a
+# device is given of each argument of the two functions below: 0, its own slice along the first
 # axis; None, all of it. With out_axes=None, each device keeps its own copy of the result, which
-# must be the same on all, and Python sees one array. (`jit` with sharded arrays leaves it to the
-# compiler where devices communicate; here one sees it, as with `shard_map`, of which pmap is made.)
+# must be the same on all, and Python sees one array. (With `jit` and sharded arrays the compiler
+# inserts the communication between devices; here we write it. `shard_map`, on which pmap is built,
+# is the newer way to do so.)
 ON_ALL_DEVICES = {"axis_name": "devices", "in_axes": (None, 0, 0, None), "out_axes": None}
 
 
@@ -381,8 +383,8 @@ def train_step(state, images, labels, options):
     keys derive from seed and step: `mixup_key, dropout_key = split(fold_in(key(seed), step))`.
 
     In an update devices communicate at one point only: `pmean` replaces loss and gradients by their
-    mean over all devices. From there on all devices compute the same new state. options are static,
-    constants of the compiled function; state is donated, it gives its memory to the new state.
+    mean over all devices. From there on all devices compute the same new state. options are static:
+    constants of the compiled function. state is donated: the new state takes its memory.
     """
     params = state["params"]
     step_key = jax.random.fold_in(jax.random.key(options.seed), state["step"])
@@ -456,8 +458,9 @@ def duration(seconds):
 
 # -------------------------------------------------------------------------------------- 4. Examples
 
-# Data are a dict of "classes", the names of the K classes; "train" and "test", sequences of items
-# of any kind; and "read", a function from an item to (Pillow image in RGB, label from 0 to K - 1).
+# Data is a dict of "classes", the names of the K classes; "train" and "test", sequences of items of
+# any kind; "read", a function from an item to (Pillow image in RGB, label from 0 to K - 1); and, if
+# it has one, its "name".
 
 ORDER, CROPS = 0, 1  # two streams of random numbers from one seed
 BILINEAR = Image.Resampling.BILINEAR
@@ -515,7 +518,7 @@ def training_example(data, options, image_size, index):
 def batch_positions(batch_size, accum_steps=1):
     """Which examples of a batch this host reads: int [local devices, accum_steps, B].
 
-    On one host with 2 devices, a batch of 8 in 2 parts: [[[0 1] [2 3]] [[4 5] [6 7]]].
+    On one host with 2 devices, a batch of 8 in 2 micro-batches: [[[0 1] [2 3]] [[4 5] [6 7]]].
     Raises BadInput if the batch cannot be divided.
     """
     hosts, devices = jax.process_count(), jax.local_device_count()
@@ -568,10 +571,10 @@ def evaluate(params, data, options):
         image, label = data["read"](data["test"][i])
         return to_array(image, size), label
 
-    # A micro-batch of training is known to fit into the memory of a device.
+    # As many images as in a micro-batch of training, which fits into the memory of a device.
     per_device = max(1, options.batch_size // options.accum_steps // devices)
     batch_size = devices * per_device
-    positions = batch_positions(batch_size)[:, 0]  # [local devices, B]; there is only one part
+    positions = batch_positions(batch_size)[:, 0]  # [local devices, B]: accum_steps is 1
     starts = range(0, count, batch_size)
     correct, start_time, reported = 0, time.perf_counter(), 0
     images_and_labels = batches(example, (start + positions for start in starts))
@@ -585,14 +588,20 @@ def evaluate(params, data, options):
     return correct / count
 
 
-def report(options, done, loss, rate, seconds):
-    """Prints a line of progress. seconds: for one update on average, evaluations included."""
-    left = seconds * (options.total_steps - done)
-    line = f"step {done}/{options.total_steps}  loss {loss:.4f}  lr {rate:.2e}"
-    line += f"  {options.batch_size / seconds:.1f} images/s  {duration(left)} left"
+def report(options, done, loss, rate, seconds, compiled):
+    """Prints a line of progress, and returns the images per second.
+
+    seconds: for each update since the last line, without evaluations; compiled: whether it was one
+    update, together with its compilation.
+    """
+    speed, left = options.batch_size / seconds, seconds * (options.total_steps - done)
+    pace = f"{speed:.1f} images/s  {duration(left)} left, plus evaluations"
     if left > 3600 and jax.default_backend() == "cpu":
-        line += " (no GPU or TPU found; for a CPU: --model=ViT-Ti_16 --image_size=224)"
-    say(line)
+        pace += " (no GPU or TPU found; for a CPU: --model=ViT-Ti_16 --image_size=224)"
+    if compiled:
+        pace = f"compiled and computed in {duration(seconds)}"
+    say(f"step {done}/{options.total_steps}  loss {loss:.4f}  lr {rate:.2e}  {pace}")
+    return speed
 
 
 def write_rows(options, rows, mode="a"):
@@ -643,7 +652,8 @@ def train(options, data):
         write_rows(options, [row])
 
     say(f"compiling an update of {options.batch_size} images of {size} x {size} pixels ...")
-    loss, start_time = 0.0, time.perf_counter()
+    loss = 0.0  # before the first update there is nothing to wait for
+    last_done, last_time = first, time.perf_counter()
     for step, (images, labels) in zip(steps, batches(example, indices), strict=True):
         previous_loss, done = loss, step + 1  # the number of updates, with this one
         state, loss, rate = train_step(state, images, labels, options)
@@ -651,22 +661,18 @@ def train(options, data):
         # one, keeps the devices busy with at most two, one running and one queued.
         jax.block_until_ready(previous_loss)
         log = is_due(done, options.log_every)
-        if step == first:  # it was compiled, too, so the clock starts again
-            jax.block_until_ready(loss)
-            seconds, images_per_second = time.perf_counter() - start_time, ""
-            say(f"compiled and computed the first update in {duration(seconds)}")
-            start_time = time.perf_counter()
-        elif log or step == first + 1:  # the second gives a first idea of the speed
-            jax.block_until_ready(loss)
-            seconds = (time.perf_counter() - start_time) / (step - first)
-            images_per_second = options.batch_size / seconds
-            report(options, done, float(loss), float(rate), seconds)
+        if log or step <= first + 1:  # the first call compiles, the second shows the speed
+            value, rate = float(loss), float(rate)  # this waits for the update
+            require(math.isfinite(value), f"the loss of step {done} is {value}; lower --base_lr")
+            seconds = (time.perf_counter() - last_time) / (done - last_done)
+            speed = report(options, done, value, rate, seconds, compiled=step == first)
+            last_done, last_time = done, time.perf_counter()
         if log:
-            require(math.isfinite(loss), f"the loss of step {done} is {loss}; lower --base_lr")
-            record(done, float(loss), float(rate), images_per_second, "")
+            record(done, value, rate, speed, "")
         if is_due(done, options.eval_every):
             record(done, "", "", "", evaluate(state["params"], data, options))
             save_run(options, data, state, rows)
+            last_done, last_time = done, time.perf_counter()
     return jax.device_get(state["params"])
 
 
@@ -780,7 +786,7 @@ def fetch(urls, options, read):
     """Downloads a file from the first of several addresses that works; returns read(its path).
 
     The file is kept for the next time, under a name derived from the first address. It gets that
-    name last: if read raises something before, nothing is kept. Raises BadInput if every address
+    name only after read has succeeded; otherwise nothing is kept. Raises BadInput if every address
     fails or is silent for 60 seconds.
     """
     digest = hashlib.sha256(urls[0].encode()).hexdigest()[:8]
@@ -800,6 +806,10 @@ def fetch(urls, options, read):
 
 
 # ----------------------------------------------------------------------------------- 8. Checkpoints
+
+# A checkpoint is read in three steps: `read_arrays` makes {released name: array} of a file;
+# `to_params` checks and stacks that, and gives the nested dict that `forward` takes; `adapt` fits
+# it to an image size and a number of classes.
 
 BUCKET = "https://storage.googleapis.com/vit_models/"
 HUB = "https://huggingface.co/timm/"
@@ -825,7 +835,7 @@ FINE_TUNED = {  # then on ImageNet, at 384 pixels
     "ViT-L_32": "vit_large_patch32_384.orig_in21k_ft_in1k",
     "ViT-L_16": "vit_large_patch16_384.augreg_in21k_ft_in1k",
 }
-NEWER_FLAX = {  # newer Flax code numbers and nests layers differently: {its name: the released one}
+NEWER_FLAX = {  # part of a name in checkpoints of newer Flax code: what the release has instead
     "opt/target/": "",
     "params/": "",
     "MultiHeadDotProductAttention_0/": "MultiHeadDotProductAttention_1/",
@@ -905,12 +915,12 @@ def split_qkv(arrays):
 def from_timm(arrays):
     """{name in timm: array} -> {released name: array}, each in the shape of the release.
 
-    The file does not say how many heads there are: as many as the model of this width in SIZES has,
-    otherwise D/64. Raises BadInput for a name that is not in TIMM, because then it is another kind
-    of model.
+    The file does not say how many heads there are. We take the number that the model of this width
+    has in SIZES, or D/64 if there is none. Raises BadInput for a name that is not in TIMM, because
+    then it is another kind of model.
 
-    DeiT, DINO and other models of timm were trained with the exact GELU, which differs from that of
-    `mlp` by at most 4.7e-4; logits of models with random weights by 1.6e-4 of the largest.
+    DeiT, DINO and other models of timm were trained with the exact GELU. It differs from the one in
+    `mlp` by at most 4.7e-4, which changed logits of random weights by 1.6e-4 of the largest.
     """
     width = arrays["cls_token"].shape[-1]
     heads = {d: a for d, _, a in SIZES.values()}.get(width, width // 64)
@@ -967,7 +977,7 @@ def to_released(params):
     return arrays
 
 
-def rename(arrays):
+def to_released_names(arrays):
     """Arrays of parameters under the released names; optimizer state and the like is left out."""
     renamed = {}
     for name, array in arrays.items():
@@ -978,37 +988,43 @@ def rename(arrays):
     return renamed
 
 
+def check(array, axes, sizes, what):
+    """Raises BadInput unless an array has the right shape and only finite numbers.
+
+    axes: its letters in PARAMETERS. sizes: {letter: size}; a letter that is not yet in it gets its
+    size from this array, and all later ones have to agree.
+    """
+    for letter, size in zip(axes, array.shape, strict=False):
+        sizes.setdefault(letter, size)
+    shape = tuple(sizes.get(letter) for letter in axes)
+    require(array.shape == shape, f"{what} has the shape {array.shape}, not {shape}")
+    finite = array.size and array.dtype.kind == "f" and np.isfinite(array).all()
+    require(finite, f"{what} does not hold finite numbers only")
+
+
 def to_params(arrays, source):
     """{released name: array} -> params, a nested dict of float32 NumPy arrays.
 
     A head may be missing, as in some of timm's files, but not half of it. Raises BadInput, naming
     source, for an array that is missing, unknown, of another shape, or not finite.
     """
-    arrays = rename(arrays)
-    layers = {name.split("/")[0] for name in arrays}
+    arrays = to_released_names(arrays)
+    tops = {name.split("/")[0] for name in arrays}
     depth = sum(name.endswith("/LayerNorm_0/bias") for name in arrays)
     require(depth, f"{source} is not a Vision Transformer: it has no blocks")
     sizes, params = {"1": 1, "3": 3}, {}
+    # For each parameter: collect its arrays, one for each block, check them, and stack them.
     for name, (letters, _) in PARAMETERS.items():
-        layer = name.split("/")[0]
-        if layer in ("pre_logits", "head") and layer not in layers:
+        top = name.split("/")[0]
+        if top in ("pre_logits", "head") and top not in tops:
             continue
-        blocks = []
-        for i in range(depth if letters[0] == "L" else 1):
-            part = block_name(name, i)
-            require(part in arrays, f"{source} has no {part}")
-            array = arrays.pop(part)
-            # The first array that has a letter sets its size, and all later ones have to agree.
-            axes = letters.removeprefix("L")
-            for letter, size in zip(axes, array.shape, strict=False):
-                sizes.setdefault(letter, size)
-            shape = tuple(sizes.get(letter) for letter in axes)
-            fits = array.shape == shape
-            require(fits, f"{source}: {part} has the shape {array.shape}, not {shape}")
-            finite = array.size and array.dtype.kind == "f" and np.isfinite(array).all()
-            require(finite, f"{source}: {part} holds something other than finite numbers")
-            blocks.append(np.asarray(array, np.float32))
-        params[name] = np.stack(blocks) if letters[0] == "L" else blocks[0]
+        stacked = letters[0] == "L"
+        names = [block_name(name, i) for i in range(depth)] if stacked else [name]
+        for each in names:
+            require(each in arrays, f"{source} has no {each}")
+            check(arrays[each], letters.removeprefix("L"), sizes, f"{source}: {each}")
+        blocks = [np.asarray(arrays.pop(each), np.float32) for each in names]
+        params[name] = np.stack(blocks) if stacked else blocks[0]
     require(not arrays, f"{source} has {[*arrays][:3]}, so it is another kind of model")
     patches = sizes["N"] - 1
     square = patches and math.isqrt(patches) ** 2 == patches
@@ -1033,7 +1049,8 @@ def load_checkpoint(path):
 def load_pretrained(options, fine_tuned=False):
     """The checkpoint that --pretrained names: params, and its class names, or None if it has none.
 
-    fine_tuned: whether "released" is the model that was fine-tuned on ImageNet. Raises BadInput.
+    fine_tuned: whether "released" is the model that was fine-tuned on ImageNet, as for photos and
+    --eval_only. Raises BadInput.
     """
     path, model = options.pretrained, options.model
     urls = [path] if path.startswith(("http://", "https://")) else []
@@ -1106,10 +1123,11 @@ def adapt(params, image_size, num_classes=None):
 # ----------------------------------------------------------------------- 9. Runs, devices and hosts
 
 # A run is what its options and its data define. Its folder, --logdir, has checkpoint.npz, by which
-# it can be resumed. Several hosts run one process each, by the same command but for --process_id.
-# Each reads the whole checkpoint, and its own share of the images. The first host alone writes the
-# run's files; so a run is resumed from a folder that all hosts can read. If one host fails, JAX
-# ends the processes of the others: at once if it was the first, otherwise within 100 seconds.
+# it can be resumed. Several hosts run one process each, by the same command except for
+# --process_id. Each reads the whole checkpoint, and its own share of the images. The first host
+# alone writes the run's files; so a run is resumed from a folder that all hosts can read. If one
+# host fails, JAX aborts the processes of the others: at once if it was the first, otherwise within
+# 100 seconds. Then start all of them again.
 
 # These options may differ between hosts, and may change when a run is resumed.
 PER_HOST = ("coordinator_address", "process_id", "logdir", "data_dir")
@@ -1136,7 +1154,8 @@ def initial_params(options, num_classes):
     """What a run starts from: what --pretrained names, or random params. Raises BadInput."""
     if options.pretrained == "none":
         compiled = jax.jit(init_params, static_argnums=(1, 2, 3))  # faster than array by array
-        key = jax.random.key(options.seed)
+        # Training folds the step into this key; a larger number gives a key of its own.
+        key = jax.random.fold_in(jax.random.key(options.seed), 2**31)
         params = jax.device_get(compiled(key, options.model, options.image_size, num_classes))
     else:
         params, _ = load_pretrained(options)
@@ -1147,7 +1166,8 @@ def same_on_all_hosts(values):
     """Raises BadInput, on every host, naming the first of the values that differs between hosts."""
     names = [name for name in values if name not in PER_HOST]
     digests = np.uint32([zlib.crc32(repr(values[name]).encode()) for name in names])
-    for name, column in zip(names, multihost_utils.process_allgather(digests).T, strict=True):
+    everywhere = multihost_utils.process_allgather(digests)  # [hosts, names]
+    for name, column in zip(names, everywhere.T, strict=True):
         same = len({*column.tolist()}) == 1
         require(same, f"the hosts differ in {name}, here {values[name]}; see --logdir, --data_dir")
 
@@ -1155,7 +1175,8 @@ def same_on_all_hosts(values):
 def replicate(tree):
     """Copies arrays, the same on all hosts, to all devices, so that pmap finds them there."""
     mesh = jax.sharding.Mesh(jax.devices(), "devices")
-    return jax.device_put(tree, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+    whole = jax.sharding.PartitionSpec()  # no axis is split: each device gets all of it
+    return jax.device_put(tree, jax.sharding.NamedSharding(mesh, whole))
 
 
 def resume(path, identity):
@@ -1218,7 +1239,7 @@ def join_hosts(options):
     require(fits, f"--coordinator_address={address!r} must be HOST:PORT of the first host, or auto")
     # Not `say`: JAX does not know yet which host is the first.
     print(f"waiting for all hosts at {address}, five minutes at most", flush=True)
-    # It would catch SIGTERM, by which `kill` ends a process.
+    # JAX's preemption service would catch SIGTERM, by which `kill` ends a process.
     jax.config.update("jax_enable_preemption_service", False)
     known = () if address == "auto" else (address, options.num_processes, options.process_id)
     try:
@@ -1227,8 +1248,8 @@ def join_hosts(options):
         )
     except ValueError as error:
         raise BadInput(f"--coordinator_address={address}: {error}") from error
-    # The first time that they communicate, hosts wait 30 seconds for each other, and loading data
-    # may take longer. So here is a first time, while all are together.
+    # The hosts have 30 seconds for the first collective; loading data may take longer, so we run
+    # one now.
     multihost_utils.sync_global_devices("all hosts are here")
 
 
@@ -1262,7 +1283,7 @@ def decode(file, name):
             require(image.mode[0] not in "FI", "save it with 8 bits per channel")
             image = ImageOps.exif_transpose(image)
             if "transparency" in image.info:
-                image = image.convert("RGBA")  # for Pillow warns if we drop transparency directly
+                image = image.convert("RGBA")  # Pillow warns if transparency is dropped directly
             return image.convert("RGB")
     except Exception as error:  # damaged bytes raise a dozen types in Pillow's decoders
         raise BadInput(f"cannot read the image {name} ({error})") from error
@@ -1284,23 +1305,23 @@ def cifar(name, options):
 
     files = fetch([f"{KRIZ}{name.replace('cifar', 'cifar-')}-binary.tar.gz"], options, read_archive)
     if name == "cifar10":
-        label_bytes, classes = 1, "batches.meta.txt"
-        train, test = [f"data_batch_{i}.bin" for i in (1, 2, 3, 4, 5)], ["test_batch.bin"]
+        label_bytes, names = 1, "batches.meta.txt"
+        train_files, test_files = [f"data_batch_{i}.bin" for i in range(1, 6)], ["test_batch.bin"]
     else:
-        label_bytes, classes = 2, "fine_label_names.txt"
-        train, test = ["train.bin"], ["test.bin"]
+        label_bytes, names = 2, "fine_label_names.txt"
+        train_files, test_files = ["train.bin"], ["test.bin"]
 
-    def records(names):  # uint8 [n, label_bytes + 3072]
-        data = b"".join(files[name] for name in names)
+    def records(file_names):  # uint8 [n, label_bytes + 3072]
+        data = b"".join(files[x] for x in file_names)
         return np.frombuffer(data, np.uint8).reshape(-1, label_bytes + 3072)
 
     def read(record):
         pixels = record[label_bytes:].reshape(3, 32, 32).transpose(1, 2, 0)
         return Image.fromarray(np.ascontiguousarray(pixels)), int(record[label_bytes - 1])
 
-    train, test = records(train), records(test)
+    train, test = records(train_files), records(test_files)
     train = train[: round(0.98 * len(train))]
-    return {"classes": files[classes].decode().split(), "train": train, "test": test, "read": read}
+    return {"classes": files[names].decode().split(), "train": train, "test": test, "read": read}
 
 
 def image_folder(root):
@@ -1362,7 +1383,7 @@ def tfds_dataset(name, options):
     def read(example):
         return decode(io.BytesIO(example["image"]), f"in {name}"), int(example["label"])
 
-    # For testing: the test split, unless it hides its labels, as -1; or validation; or a tenth.
+    # Test on the test split; if that hides its labels as -1, on validation; or on a tenth of train.
     has_labels = [x for x in ("test", "validation") if x in splits and source(x)[0]["label"] >= 0]
     train, test = ("train", has_labels[0]) if has_labels else ("train[:90%]", "train[90%:]")
     if builder.name == "imagenet2012":  # as in the release
@@ -1473,14 +1494,14 @@ def flag_parser():
 
 
 def parse_options(argv):
-    """The command line: [DATA or photos], and Options. Raises BadInput.
+    """The command line: DATA, a list of photos (empty unless they are given), and Options.
 
-    A flag that is given comes first, then the default for photos, --eval_only or the dataset, then
-    the default of Options.
+    Precedence: flags on the command line, then defaults for photos, --eval_only or the dataset,
+    then those of Options. Raises BadInput.
     """
     flags = vars(flag_parser().parse_intermixed_args(argv))
     paths = flags.pop("data")
-    photos = all(map(os.path.isfile, paths))
+    photos = paths if all(map(os.path.isfile, paths)) else []
     require(photos or len(paths) == 1, f"of {' '.join(paths)}, not all are image files")
     run_name = paths[0].strip("./").replace("/", "-")
     flags["logdir"] = os.path.expanduser(flags.get("logdir", f"runs/{run_name}"))
@@ -1490,7 +1511,7 @@ def parse_options(argv):
         defaults = {"image_size": 0, "pretrained": f"{flags['logdir']}/checkpoint.npz"}
     else:
         defaults = PRESETS.get(paths[0], {})
-    return paths, Options(**(defaults | flags))
+    return paths[0], photos, Options(**(defaults | flags))
 
 
 def evaluate_only(options, data):
@@ -1507,25 +1528,29 @@ def evaluate_only(options, data):
 
 
 def main(argv=None):
-    """The command line. Returns the exit status, with one line on stderr unless it is 0.
+    """Runs the command line, and returns its exit status.
 
-    0: done. 2: a mistake of the user, a full disk, too little memory, or the loss of another host.
-    130: Ctrl-C. Any other exception is a bug, and is raised, but on several hosts printed: 1.
+    - 0: All went well.
+    - 2: The user, a missing package, the disk, the memory or another host is at fault.
+    - 130: Ctrl-C was pressed.
+    - 1: There is a bug, and several hosts. (With one host, the exception is raised.)
+
+    Unless it is 0, the last line on stderr says what happened.
     """
     try:
-        paths, options = parse_options(argv)
+        data, photos, options = parse_options(argv)
         if options.coordinator_address or options.num_processes > 1:
             join_hosts(options)
-        if os.path.isfile(paths[0]):
-            classify(options, paths)
+        if photos:
+            classify(options, photos)
         elif options.eval_only:
-            evaluate_only(options, load_data(paths[0], options))
+            evaluate_only(options, load_data(data, options))
         else:
-            train(options, load_data(paths[0], options))
+            train(options, load_data(data, options))
         return 0
     except KeyboardInterrupt:
         status, line = 130, "stopped; a training run resumes from its last evaluation"
-    except (BadInput, OSError) as error:
+    except (BadInput, OSError, ImportError) as error:
         status, line = 2, str(error)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
