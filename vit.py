@@ -1169,7 +1169,8 @@ def same_on_all_hosts(values):
     everywhere = multihost_utils.process_allgather(digests)  # [hosts, names]
     for name, column in zip(names, everywhere.T, strict=True):
         same = len({*column.tolist()}) == 1
-        require(same, f"the hosts differ in {name}, here {values[name]}; see --logdir, --data_dir")
+        message = f"the hosts differ in {name}, here {values[name]}"
+        require(same, f"{message}; all need the same options, data and --logdir")
 
 
 def replicate(tree):
