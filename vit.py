@@ -1154,8 +1154,7 @@ def initial_params(options, num_classes):
     """What a run starts from: what --pretrained names, or random params. Raises BadInput."""
     if options.pretrained == "none":
         compiled = jax.jit(init_params, static_argnums=(1, 2, 3))  # faster than array by array
-        # Training folds the step into this key; a larger number gives a key of its own.
-        key = jax.random.fold_in(jax.random.key(options.seed), 2**31)
+        key = jax.random.key(options.seed)
         params = jax.device_get(compiled(key, options.model, options.image_size, num_classes))
     else:
         params, _ = load_pretrained(options)
