@@ -5,6 +5,7 @@ Expected numbers are the original's (google-research/vision_transformer at c6de1
 come from NumPy, SciPy, Pillow or timm, or from a second way to the same result.
 """
 
+import atexit
 import functools
 import glob
 import hashlib
@@ -25,6 +26,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp()  # for this run of the tests alone
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"  # before JAX starts
 
 import jax
@@ -37,6 +40,7 @@ from PIL import Image
 
 import vit
 
+atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_default_matmul_precision", "highest")
 
 # -------------------------------------------------------------------------- What many tests share
@@ -159,15 +163,10 @@ def result(logdir):
     return {name: x.tobytes() for name, x in arrays.items() if name != "train/run"}, rows
 
 
-CACHE = tempfile.TemporaryDirectory()  # of what these processes compile
-
-
 def start(arguments, devices=1, **environment):
     """Starts Python in a process of its own."""
     environment |= {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
     environment |= {"JAX_PLATFORMS": "cpu", "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"}
-    environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
-    environment |= {"JAX_COMPILATION_CACHE_DIR": CACHE.name}
     pipes = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
     command = [sys.executable, *arguments.split()]
     return subprocess.Popen(command, text=True, env=os.environ | environment, **pipes)
