@@ -588,18 +588,35 @@ def evaluate(params, data, options):
     return correct / count
 
 
+def stopwatch(done):
+    """A function of the number of updates done: the mean seconds of each since it was last called.
+
+    The first time, that is since this call, after `done` updates.
+    """
+    last_done, last_time = done, time.perf_counter()
+
+    def lap(done):
+        nonlocal last_done, last_time
+        now = time.perf_counter()
+        seconds = (now - last_time) / (done - last_done)
+        last_done, last_time = done, now
+        return seconds
+
+    return lap
+
+
 def report(options, done, loss, rate, seconds, compiled):
     """Prints a line of progress, and returns the images per second.
 
-    seconds: for each update since the last line, without evaluations; compiled: whether it was one
-    update, together with its compilation.
+    seconds: the mean time of an update; compiled: whether it includes compilation.
     """
     speed, left = options.batch_size / seconds, seconds * (options.total_steps - done)
-    pace = f"{speed:.1f} images/s  {duration(left)} left, plus evaluations"
-    if left > 3600 and jax.default_backend() == "cpu":
-        pace += " (no GPU or TPU found; for a CPU: --model=ViT-Ti_16 --image_size=224)"
     if compiled:
         pace = f"compiled and computed in {duration(seconds)}"
+    else:
+        pace = f"{speed:.1f} images/s  {duration(left)} left, plus evaluations"
+        if left > 3600 and jax.default_backend() == "cpu":
+            pace += " (no GPU or TPU found; for a CPU: --model=ViT-Ti_16 --image_size=224)"
     say(f"step {done}/{options.total_steps}  loss {loss:.4f}  lr {rate:.2e}  {pace}")
     return speed
 
@@ -632,6 +649,8 @@ def train(options, data):
     first, size = int(state["step"]), image_size_of(state["params"])
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     say(f"{options.logdir}: step {first} of {options.total_steps}, on {devices}")
+    os.makedirs(options.logdir, exist_ok=True)
+    write_rows(options, [COLUMNS, *rows], "w")
     steps = range(first, options.total_steps)
     if not steps:
         say("this run is complete; for its accuracy see metrics.csv, or add --eval_only")
@@ -639,10 +658,8 @@ def train(options, data):
     indices = (step * options.batch_size + positions for step in steps)
     example = functools.partial(training_example, data, options, size)
     if jax.process_index() == 0:
-        os.makedirs(options.logdir, exist_ok=True)
         images = np.hstack([image for image, _ in map(example, range(8))])
         Image.fromarray(images).save(f"{options.logdir}/first_batch.png")
-    write_rows(options, [COLUMNS, *rows], "w")
 
     def is_due(done, every):
         return done % every == 0 or done == options.total_steps
@@ -653,9 +670,10 @@ def train(options, data):
 
     say(f"compiling an update of {options.batch_size} images of {size} x {size} pixels ...")
     loss = 0.0  # before the first update there is nothing to wait for
-    last_done, last_time = first, time.perf_counter()
+    lap = stopwatch(first)
     for step, (images, labels) in zip(steps, batches(example, indices), strict=True):
-        previous_loss, done = loss, step + 1  # the number of updates, with this one
+        done = step + 1  # the number of updates, with this one
+        previous_loss = loss
         state, loss, rate = train_step(state, images, labels, options)
         # It returns before it has computed anything. Waiting for the previous update, not for this
         # one, keeps the devices busy with at most two, one running and one queued.
@@ -664,15 +682,13 @@ def train(options, data):
         if log or step <= first + 1:  # the first call compiles, the second shows the speed
             value, rate = float(loss), float(rate)  # this waits for the update
             require(math.isfinite(value), f"the loss of step {done} is {value}; lower --base_lr")
-            seconds = (time.perf_counter() - last_time) / (done - last_done)
-            speed = report(options, done, value, rate, seconds, compiled=step == first)
-            last_done, last_time = done, time.perf_counter()
+            speed = report(options, done, value, rate, lap(done), compiled=step == first)
         if log:
             record(done, value, rate, speed, "")
         if is_due(done, options.eval_every):
             record(done, "", "", "", evaluate(state["params"], data, options))
             save_run(options, data, state, rows)
-            last_done, last_time = done, time.perf_counter()
+            lap = stopwatch(done)  # without the time of the evaluation
     return jax.device_get(state["params"])
 
 
@@ -757,7 +773,8 @@ class Options:
 def atomic_write(path):
     """A file opened for writing that appears under its name only once it is safely on the disk.
 
-    Until then it has another name, which no other process uses. An exception removes it.
+    Until then it has another name, which no other process uses. An exception removes it; a kill
+    leaves it there, to no harm.
     """
     partial = Path(f"{path}.{platform.node()}.{os.getpid()}.partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
@@ -798,7 +815,7 @@ def fetch(urls, options, read):
         try:
             with atomic_write(path) as file:
                 download(url, file)
-                return read(file.name)
+                return read(file.name)  # after that, atomic_write gives the file its name
         except (OSError, http.client.HTTPException, BadInput) as error:
             failures.append(f"{url} ({error})")
             say(f"cannot use {failures[-1]}")
@@ -807,9 +824,11 @@ def fetch(urls, options, read):
 
 # ----------------------------------------------------------------------------------- 8. Checkpoints
 
-# A checkpoint is read in three steps: `read_arrays` makes {released name: array} of a file;
-# `to_params` checks and stacks that, and gives the nested dict that `forward` takes; `adapt` fits
-# it to an image size and a number of classes.
+# A checkpoint is read in three steps. `read_arrays` gets its arrays, under the release's names;
+# `to_params` checks and stacks them into the nested dict that `forward` takes; both together are
+# `read_checkpoint`. Then `adapt` fits it to an image size and a number of classes.
+# `load_pretrained` does the first two for --pretrained, and `load_checkpoint` for your own
+# programs.
 
 BUCKET = "https://storage.googleapis.com/vit_models/"
 HUB = "https://huggingface.co/timm/"
@@ -920,7 +939,8 @@ def from_timm(arrays):
     then it is another kind of model.
 
     DeiT, DINO and other models of timm were trained with the exact GELU. It differs from the one in
-    `mlp` by at most 4.7e-4, which changed logits of random weights by 1.6e-4 of the largest.
+    `mlp` by at most 4.7e-4; with random weights that changed logits by at most 1.6e-4 of the
+    largest logit.
     """
     width = arrays["cls_token"].shape[-1]
     heads = {d: a for d, _, a in SIZES.values()}.get(width, width // 64)
@@ -960,25 +980,8 @@ def read_arrays(path):
         raise BadInput(f"{what} ({str(error)[:200]})") from error
 
 
-def leaf_name(path):
-    """The place of a leaf in a pytree, as jax.tree_util gives it, as a name like "head/bias"."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def to_released(params):
-    """Params -> {released name: array}; the stacked blocks become encoderblock_0 and so on."""
-    arrays = {}
-    for path, leaf in jax.tree.leaves_with_path(params):
-        name = leaf_name(path)
-        if "/encoderblock/" in name:
-            arrays |= {block_name(name, i): array for i, array in enumerate(leaf)}
-        else:
-            arrays[name] = leaf
-    return arrays
-
-
-def to_released_names(arrays):
-    """Arrays of parameters under the released names; optimizer state and the like is left out."""
+def normalize_names(arrays):
+    """Arrays without the spellings of newer Flax code, and without what is not a parameter."""
     renamed = {}
     for name, array in arrays.items():
         for newer, released in NEWER_FLAX.items():
@@ -1008,7 +1011,7 @@ def to_params(arrays, source):
     A head may be missing, as in some of timm's files, but not half of it. Raises BadInput, naming
     source, for an array that is missing, unknown, of another shape, or not finite.
     """
-    arrays = to_released_names(arrays)
+    arrays = normalize_names(arrays)
     tops = {name.split("/")[0] for name in arrays}
     depth = sum(name.endswith("/LayerNorm_0/bias") for name in arrays)
     require(depth, f"{source} is not a Vision Transformer: it has no blocks")
@@ -1070,6 +1073,23 @@ def load_pretrained(options, fine_tuned=False):
     fits = names is None or len(names) == count
     require(fits, f"{path} has class_names, but not one for each of its {count} classes")
     return params, names
+
+
+def leaf_name(path):
+    """The place of a leaf in a pytree, as jax.tree_util gives it, as a name like "head/bias"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def to_released(params):
+    """Params -> {released name: array}; the stacked blocks become encoderblock_0 and so on."""
+    arrays = {}
+    for path, leaf in jax.tree.leaves_with_path(params):
+        name = leaf_name(path)
+        if "/encoderblock/" in name:
+            arrays |= {block_name(name, i): array for i, array in enumerate(leaf)}
+        else:
+            arrays[name] = leaf
+    return arrays
 
 
 def save_checkpoint(path, params, **more):
@@ -1154,7 +1174,8 @@ def initial_params(options, num_classes):
     """What a run starts from: what --pretrained names, or random params. Raises BadInput."""
     if options.pretrained == "none":
         compiled = jax.jit(init_params, static_argnums=(1, 2, 3))  # faster than array by array
-        key = jax.random.key(options.seed)
+        # Training folds in the step. This number is none, so these random numbers are others.
+        key = jax.random.fold_in(jax.random.key(options.seed), 2**31)
         params = jax.device_get(compiled(key, options.model, options.image_size, num_classes))
     else:
         params, _ = load_pretrained(options)
@@ -1533,7 +1554,7 @@ def main(argv=None):
     - 0: All went well.
     - 2: The user, a missing package, the disk, the memory or another host is at fault.
     - 130: Ctrl-C was pressed.
-    - 1: There is a bug, and several hosts. (With one host, the exception is raised.)
+    - 1: There is a bug; its traceback was printed. (Without other hosts, its exception is raised.)
 
     Unless it is 0, the last line on stderr says what happened.
     """
