@@ -299,6 +299,26 @@ def test_the_recipe_is_the_published_one():
         assert {name: getattr(options, name) for name in published} == published
 
 
+def test_digits_have_a_recipe_of_their_own():
+    *_, options = vit.parse_options(["digits"])
+    own = dict(model="ViT-XS_8", pretrained="none", image_size=32, augment="none", base_lr=0.1)
+    own |= dict(batch_size=64, accum_steps=1, total_steps=800, warmup_steps=100)
+    assert {name: getattr(options, name) for name in own} == own
+
+
+def test_released_models_are_called_as_timm_calls_them():
+    words = {"Ti": "tiny", "S": "small", "B": "base", "L": "large", "H": "huge"}
+    names = [re.fullmatch(r"ViT-(\w+)_(\d+)", name).groups() for name in vit.PRE_TRAINED]
+    later = {("Ti", "16"), ("S", "32"), ("S", "16"), ("B", "8")}  # of arXiv 2106.10270
+    for (size, patch), timm in zip(names, vit.PRE_TRAINED.values(), strict=True):
+        training = "augreg" if (size, patch) in later else "orig"
+        assert timm == f"vit_{words[size]}_patch{patch}_224.{training}_in21k"
+    for name, timm in vit.FINE_TUNED.items():  # B_32 and L_16 of the paper are not there
+        base, training = vit.PRE_TRAINED[name].removesuffix("_in21k").split("_224.")
+        training = "augreg" if name in ("ViT-B_32", "ViT-L_16") else training
+        assert timm == f"{base}_384.{training}_in21k_ft_in1k"
+
+
 @pytest.mark.parametrize(
     "model, count",
     [("Ti_16", 5_717_416), ("S_16", 22_050_664), ("B_16", 86_567_656), ("B_32", 88_224_232)]
@@ -621,7 +641,7 @@ def test_evaluation_alone_reads_the_checkpoint_of_the_run(run, learned):
     assert "test accuracy 100.00%" in run(f"{picture_folder('data')} --eval_only")
 
 
-@pytest.mark.parametrize("count", [5, 37])  # in batches of eight
+@pytest.mark.parametrize("count", [5, 33, 37])  # in batches of eight
 def test_evaluation_counts_every_image_once_and_no_padding(count):
     params, labels = seeded_params(tokens=5, classes=40), [int(i % 5 > 1) for i in range(count)]
     params["head"] = {"kernel": np.zeros((32, 40), "f"), "bias": -np.arange(40.0)}  # guesses 0
@@ -788,6 +808,7 @@ def test_hosts_whose_checkpoints_differ_are_all_told_so(hosts):
 @pytest.mark.parametrize("prefix", ["", "opt/target/", "params/"])
 def test_every_spelling_of_the_names_loads_alike(params, prefix):
     arrays = {prefix + name: array for name, array in seeded_weights().items()}
+    arrays["opt/state/step"] = np.zeros(1)  # no parameter
     assert equal(vit.to_params(arrays, "x"), params)
     newer = {"Attention_1/": "Attention_0/", "LayerNorm_2": "LayerNorm_1", "Block_3/": "Block_0/"}
     for old, new in newer.items():
@@ -1059,6 +1080,7 @@ def test_cifar_is_98_percent_of_a_verified_archive(name, train, test, names, web
     archive = Path(shutil.make_archive("x", "gztar", ".", folder)).read_bytes()
     web.contents[f"https://www.cs.toronto.edu/~kriz/{name}-binary.tar.gz"] = archive
     name = name.replace("-", "")
+    assert [vit.CIFAR[x][:8] for x in ("cifar10", "cifar100")] == ["c4a38c50", "58a81ae1"]
     monkeypatch.setitem(vit.CIFAR, name, hashlib.sha256(archive).hexdigest())
     data = vit.load_data(name, vit.Options())
     assert data["classes"] == ["zero", "one"]
@@ -1148,6 +1170,7 @@ def test_a_checkpoint_of_1000_classes_is_taken_for_one_of_imagenet(run, photos):
 
 # -------------------------------------------------------------------------------- The command line
 
+EMBEDDINGS = "Transformer/posembed_input/pos_embedding"
 BIAS = "Transformer/encoderblock_1/LayerNorm_2/bias"
 OTHER_MODELS = """blocks.0.ls1.gamma blocks.0.attn.q_norm.weight reg_token fc_norm.weight
     head_dist.weight norm_pre.bias patch_embed.backbone.weight"""  # have these arrays
@@ -1168,6 +1191,8 @@ def bad(tmp_path_factory):
         file, name = names.split()
         np.savez(root / f"{file}.npz", **flat | {name: array})
     np.savez(root / "nothing.npz", x=np.zeros(3))
+    np.savez(root / "headless.npz", **{k: v for k, v in flat.items() if "head/" not in k})
+    np.savez(root / "oblong.npz", **flat | {EMBEDDINGS: np.zeros((1, 4, 64), "f")})
     np.savez(root / "missing.npz", **{k: v for k, v in flat.items() if k != BIAS})
     np.savez(root / "gap.npz", **{k.replace("k_1/", "k_2/"): v for k, v in flat.items()})
     good = (root / "good.npz").read_bytes()
@@ -1201,6 +1226,9 @@ BAD_COMMANDS = """digits --modle=ViT-B_16 | digits --model=ViT-Q_16 | digits --m
     digits --coordinator_address=127.0.0.1:abc: 127.0.0.1:abc
     digits --process_id=1
     digits --pretrained=released --model=ViT-S_14 | digits --eval_only --pretrained=good.npz
+    good --pretrained=oblong.npz: not for square | x.png --pretrained=headless.npz: no head
+    good --pretrained=headless.npz --eval_only: or no head | mnist: must be prepared
+    good --data_dir=cache --pretrained=https://127.0.0.1:9/v.npz: cannot use https
     good --pretrained=absent | good --pretrained=: No such file | good --pretrained=nothing.npz
     good --pretrained=pickled.npz: allow_pickle | good --pretrained=registers.npz: registers
     good --pretrained=half.npz: pre_logits/bias | good --pretrained=misshapen.npz: (7,)
