@@ -604,6 +604,8 @@ def learned(tmp_path_factory):
 
 
 def test_pictures_are_learned_and_each_update_and_evaluation_is_in_metrics(learned):
+    arrays = vit.read_arrays(learned.logdir / "checkpoint.npz")
+    assert arrays["class_names"].tolist() == ["cat", "dog"]
     head, *rows = metrics(learned.logdir)
     assert head == ["step", "loss", "learning_rate", "images_per_second", "test_accuracy"]
     assert [row for row in rows if row[4]] == [[n, "", "", "", "1.0"] for n in ("15", "30")]
@@ -621,6 +623,9 @@ def test_the_first_updates_the_due_and_the_last_have_a_line_of_progress(run, lea
     assert [step for step, _ in others] == ["2", "20", "30"]
     speed = r"[\d.]+ images/s  \d+ s left, plus evaluations"
     assert all(re.fullmatch(speed, rest) for _, rest in others)
+    [(loss, rate)] = re.findall(r"^step 20/30  loss (\S+)  lr (\S+)", out, re.M)
+    [row] = [row for row in metrics("new") if row[0] == "20"]
+    assert abs(float(loss) - float(row[1])) < 1e-4 and float(rate) == float(f"{float(row[2]):.2e}")
     assert out.count("test accuracy 100.00% of 10 images\n") == 2
 
 
@@ -1184,6 +1189,7 @@ def bad(tmp_path_factory):
     root, flat = tmp_path_factory.mktemp("bad"), seeded_weights(**XS)
     bad = {"pickled cls": np.array([{}], object), "registers registers": np.ones(1, "f")}
     bad |= {"half pre_logits/kernel": np.eye(64, dtype="f"), f"nan {BIAS}": np.full(64, np.nan)}
+    bad |= {f"inf {BIAS}": np.full(64, np.inf)}
     bad |= {f"misshapen {BIAS}": np.zeros(7, "f"), f"heads {QUERY}": np.ones((64, 9, 1), "f")}
     bad |= {f"ints {BIAS}": np.zeros(64, int)}
     bad |= {"names class_names": np.array(["cat"]), "others class_names": np.array([*"ab"])}
@@ -1232,6 +1238,7 @@ BAD_COMMANDS = """digits --modle=ViT-B_16 | digits --model=ViT-Q_16 | digits --m
     good --pretrained=absent | good --pretrained=: No such file | good --pretrained=nothing.npz
     good --pretrained=pickled.npz: allow_pickle | good --pretrained=registers.npz: registers
     good --pretrained=half.npz: pre_logits/bias | good --pretrained=misshapen.npz: (7,)
+    good --pretrained=inf.npz: LayerNorm_2/bias
     good --pretrained=nan.npz: LayerNorm_2/bias | good --pretrained=ints.npz: LayerNorm_2/bias
     good --pretrained=missing.npz: LayerNorm_2/bias | good --pretrained=gap.npz: encoderblock_1
     good --pretrained=heads.npz | good --pretrained=empty.npz | good --pretrained=text.npz
