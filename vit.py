@@ -499,9 +499,9 @@ def epoch_order(seed, epoch, count):
 def training_example(data, options, image_size, index):
     """Training example number index = step * batch size + place in the batch.
 
-    Returns (uint8 [image_size, image_size, 3], label), which depend on nothing
-    but the arguments: a resumed run, even on other devices, sees the same examples as one that was
-    never stopped. Raises BadInput for a label not from 0 to K - 1.
+    Returns (uint8 [image_size, image_size, 3], label), which depend on nothing but the arguments: a
+    resumed run, even on other devices, sees the same examples as one that was never stopped. Raises
+    BadInput for a label not from 0 to K - 1.
     """
     epoch, place = divmod(index, len(data["train"]))
     item = data["train"][epoch_order(options.seed, epoch, len(data["train"]))[place]]
@@ -606,19 +606,19 @@ def stopwatch(done):
 
 
 def report(options, done, loss, rate, seconds, compiled):
-    """Prints a line of progress, and returns the images per second.
+    """Prints a line of progress.
 
     seconds: the mean time of an update; compiled: whether it includes compilation.
     """
-    speed, left = options.batch_size / seconds, seconds * (options.total_steps - done)
+    left = seconds * (options.total_steps - done)
     if compiled:
         pace = f"compiled and computed in {duration(seconds)}"
     else:
-        pace = f"{speed:.1f} images/s  {duration(left)} left, plus evaluations"
+        images_per_second = options.batch_size / seconds
+        pace = f"{images_per_second:.1f} images/s  {duration(left)} left, plus evaluations"
         if left > 3600 and jax.default_backend() == "cpu":
             pace += " (no GPU or TPU found; for a CPU: --model=ViT-Ti_16 --image_size=224)"
     say(f"step {done}/{options.total_steps}  loss {loss:.4f}  lr {rate:.2e}  {pace}")
-    return speed
 
 
 def write_rows(options, rows, mode="a"):
@@ -682,9 +682,10 @@ def train(options, data):
         if log or step <= first + 1:  # the first call compiles, the second shows the speed
             value, rate = float(loss), float(rate)  # this waits for the update
             require(math.isfinite(value), f"the loss of step {done} is {value}; lower --base_lr")
-            speed = report(options, done, value, rate, lap(done), compiled=step == first)
+            seconds = lap(done)
+            report(options, done, value, rate, seconds, compiled=step == first)
         if log:
-            record(done, value, rate, speed, "")
+            record(done, value, rate, options.batch_size / seconds, "")
         if is_due(done, options.eval_every):
             record(done, "", "", "", evaluate(state["params"], data, options))
             save_run(options, data, state, rows)
@@ -991,13 +992,13 @@ def normalize_names(arrays):
     return renamed
 
 
-def check(array, axes, sizes, what):
+def check_array(array, axes, sizes, what):
     """Raises BadInput unless an array has the right shape and only finite numbers.
 
     axes: its letters in PARAMETERS. sizes: {letter: size}; a letter that is not yet in it gets its
     size from this array, and all later ones have to agree.
     """
-    for letter, size in zip(axes, array.shape, strict=False):
+    for letter, size in zip(axes, array.shape, strict=False):  # another number of axes fails below
         sizes.setdefault(letter, size)
     shape = tuple(sizes.get(letter) for letter in axes)
     require(array.shape == shape, f"{what} has the shape {array.shape}, not {shape}")
@@ -1025,7 +1026,7 @@ def to_params(arrays, source):
         names = [block_name(name, i) for i in range(depth)] if stacked else [name]
         for each in names:
             require(each in arrays, f"{source} has no {each}")
-            check(arrays[each], letters.removeprefix("L"), sizes, f"{source}: {each}")
+            check_array(arrays[each], letters.removeprefix("L"), sizes, f"{source}: {each}")
         blocks = [np.asarray(arrays.pop(each), np.float32) for each in names]
         params[name] = np.stack(blocks) if stacked else blocks[0]
     require(not arrays, f"{source} has {[*arrays][:3]}, so it is another kind of model")
@@ -1149,7 +1150,8 @@ def adapt(params, image_size, num_classes=None):
 # host fails, JAX aborts the processes of the others: at once if it was the first, otherwise within
 # 100 seconds. Then start all of them again.
 
-# These options may differ between hosts, and may change when a run is resumed.
+# These options may differ between hosts, and may change when a run is resumed. (logdir may be
+# another path on each host, but to the same folder.)
 PER_HOST = ("coordinator_address", "process_id", "logdir", "data_dir")
 # These must be the same on all hosts, but may change when a run is resumed.
 MAY_CHANGE = ("num_processes", "accum_steps", "remat", "log_every", "eval_every", "eval_only")
@@ -1174,7 +1176,7 @@ def initial_params(options, num_classes):
     """What a run starts from: what --pretrained names, or random params. Raises BadInput."""
     if options.pretrained == "none":
         compiled = jax.jit(init_params, static_argnums=(1, 2, 3))  # faster than array by array
-        # Training folds in the step. This number is none, so these random numbers are others.
+        # Training folds in the step, which is below 2**31, and so never gets this key.
         key = jax.random.fold_in(jax.random.key(options.seed), 2**31)
         params = jax.device_get(compiled(key, options.model, options.image_size, num_classes))
     else:
@@ -1190,7 +1192,7 @@ def same_on_all_hosts(values):
     for name, column in zip(names, everywhere.T, strict=True):
         same = len({*column.tolist()}) == 1
         message = f"the hosts differ in {name}, here {values[name]}"
-        require(same, f"{message}; all need the same options, data and --logdir")
+        require(same, f"{message}; all need the same options, data and folder of the run")
 
 
 def replicate(tree):
@@ -1524,6 +1526,7 @@ def parse_options(argv):
     paths = flags.pop("data")
     photos = paths if all(map(os.path.isfile, paths)) else []
     require(photos or len(paths) == 1, f"of {' '.join(paths)}, not all are image files")
+    # "./a/b/" -> "a-b"
     run_name = paths[0].strip("./").replace("/", "-")
     flags["logdir"] = os.path.expanduser(flags.get("logdir", f"runs/{run_name}"))
     if photos:
@@ -1552,9 +1555,9 @@ def main(argv=None):
     """Runs the command line, and returns its exit status.
 
     - 0: All went well.
+    - 1: There is a bug, and other hosts: its traceback is printed. (Alone, it is raised.)
     - 2: The user, a missing package, the disk, the memory or another host is at fault.
     - 130: Ctrl-C was pressed.
-    - 1: There is a bug; its traceback was printed. (Without other hosts, its exception is raised.)
 
     Unless it is 0, the last line on stderr says what happened.
     """
@@ -1584,6 +1587,7 @@ def main(argv=None):
     except Exception:
         if not jax.distributed.is_initialized():
             raise
+        # To raise would not end the process: it would wait for the other hosts, and they for it.
         traceback.print_exc()
         status, line = 1, "this is a bug"
     print("vit.py:", " ".join(line.split())[:600], file=sys.stderr, flush=True)
