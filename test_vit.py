@@ -684,14 +684,6 @@ def test_ctrl_c_is_one_line_and_the_same_command_goes_on(run, learned):
     assert "step 15 of 30" in run(command) and result("new") == result(learned.logdir)
 
 
-def test_ctrl_c_ends_a_long_update_at_once():
-    process = start(f"{vit.__file__} digits --batch_size=1024")  # half a second each
-    assert any(line.startswith("step 1/") for line in process.stdout)
-    process.send_signal(signal.SIGINT)
-    status, _, error = finish(process)
-    assert status == 130 and error.startswith("vit.py: stopped; ") and error.count("\n") == 1
-
-
 @pytest.mark.parametrize("devices, more", [(1, ""), (2, "--dropout=0.1 --augment=inception")])
 def test_a_run_killed_at_any_moments_ends_bit_for_bit_as_one_left_alone(devices, more):
     command = f"{vit.__file__} {picture_folder('data')} {TINY} {more} --eval_every=3 --logdir="
