@@ -782,8 +782,8 @@ def test_two_hosts_compute_what_one_computes(hosts):
 
 def test_only_the_first_host_writes_files_and_progress(hosts):
     assert (hosts.root / "first/metrics.csv").exists() and not [*hosts.root.glob("second/*")]
-    [line] = [line for line in hosts.two[1][1].splitlines() if not line.startswith("[Gloo]")]
-    assert line.startswith("waiting for all hosts")
+    second = hosts.two[1][1]  # into which Gloo's threads write, too, at times across each other
+    assert "waiting for all hosts" in second and not re.search("step|compiling|accuracy", second)
 
 
 def test_an_image_that_cannot_be_read_ends_the_run_and_the_last_evaluation_stays(hosts):
