@@ -197,7 +197,7 @@ def mlp(x, Dense_0, Dense_1, dropout_key=None, dropout_rate=0.0):
 def encoder_block(x, block, dropout_key=None, dropout_rate=0.0, return_weights=False):
     """One pre-norm Transformer block (paper, eq. 2 and 3): [B, N, D] -> [B, N, D].
 
-    block: the parameters of one block, see PARAMETERS. Also returns the weights of `attention`.
+    block: the parameters of one block (see PARAMETERS). Also returns the attention weights.
     """
     keys = [None] * 3 if dropout_key is None else jax.random.split(dropout_key, 3)
     y = layer_norm(x, **block["LayerNorm_0"])
