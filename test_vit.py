@@ -11,6 +11,7 @@ import glob
 import hashlib
 import http.client
 import io
+import itertools
 import json
 import os
 import re
@@ -118,10 +119,6 @@ def noise(size, seed=0):
     return Image.fromarray(np.random.RandomState(seed).randint(0, 256, (size, size, 3), np.uint8))
 
 
-def pixels_of(images):
-    return np.asarray(images) / np.float32(127.5) - 1
-
-
 def picture_folder(root, train=8):
     """A folder of dark cats and light dogs, which a run of a second learns to tell apart."""
     for i in range(train + 5):  # the last five are for testing
@@ -163,9 +160,9 @@ def result(logdir):
     return {name: x.tobytes() for name, x in arrays.items() if name != "train/run"}, rows
 
 
-def start(arguments, devices=1, **environment):
+def start(arguments, devices=1):
     """Starts Python in a process of its own."""
-    environment |= {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    environment = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
     environment |= {"JAX_PLATFORMS": "cpu", "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"}
     pipes = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
     command = [sys.executable, *arguments.split()]
@@ -287,24 +284,20 @@ def test_the_learning_rate_rises_in_a_line_and_falls_in_a_cosine_or_a_line():
         assert_allclose(without_warmup, expected[2:], atol=1e-8)
 
 
-# google-research/vision_transformer, vit_jax/configs/common.py: get_config and DATASET_PRESETS;
-# base_lr as in its README's table of results. For the splits, see Datasets below.
-PUBLISHED = dict(batch_size=512, accum_steps=8, base_lr=0.03, decay_type="cosine", dropout=0.0)
-PUBLISHED |= dict(warmup_steps=500, grad_norm_clip=1.0, eval_every=100, log_every=10)
-PUBLISHED |= dict(total_steps=10_000, image_size=384, dtype="float32", mixup_alpha=0.0)
-PUBLISHED |= dict(augment="inception")
-OURS = dict(model="ViT-XS_8", pretrained="none", image_size=32, augment="none", base_lr=0.1)
-OURS |= dict(batch_size=64, accum_steps=1, total_steps=800, warmup_steps=100)
-
-
-@pytest.mark.parametrize(
-    "data, recipe",
-    [("cifar10", PUBLISHED), ("cifar100", PUBLISHED), ("digits", OURS)]
-    + [("imagenet2012", PUBLISHED | {"total_steps": 20_000})],
-)
-def test_the_recipe_is_the_published_one_and_digits_have_their_own(data, recipe):
-    *_, options = vit.parse_options([data])
-    assert recipe.items() <= vars(options).items()
+def test_the_recipe_is_the_published_one_and_digits_have_their_own():
+    # google-research/vision_transformer, vit_jax/configs/common.py: get_config and DATASET_PRESETS;
+    # base_lr as in its README's table of results. For the splits, see Datasets below.
+    published = dict(batch_size=512, accum_steps=8, base_lr=0.03, decay_type="cosine", dropout=0.0)
+    published |= dict(warmup_steps=500, grad_norm_clip=1.0, eval_every=100, log_every=10)
+    published |= dict(total_steps=10_000, image_size=384, dtype="float32", mixup_alpha=0.0)
+    published |= dict(augment="inception")
+    digits = dict(model="ViT-XS_8", pretrained="none", image_size=32, augment="none", base_lr=0.1)
+    digits |= dict(batch_size=64, accum_steps=1, total_steps=800, warmup_steps=100)
+    recipes = dict(cifar10=published, cifar100=published, digits=digits)
+    recipes["imagenet2012"] = published | {"total_steps": 20_000}
+    for data, recipe in recipes.items():
+        *_, options = vit.parse_options([data])
+        assert recipe.items() <= vars(options).items(), data
 
 
 def test_released_models_are_called_as_timm_calls_them():
@@ -338,25 +331,25 @@ def test_names_and_shapes_are_those_of_the_released_file():
 
 def test_initial_parameters_have_the_original_distributions_and_numbers_of_their_own():
     init = jax.jit(vit.init_params, static_argnums=(1, 2, 3))
-    both = [jax.device_get(init(jax.random.key(i), "ViT-XS_8", 128, 10)) for i in (0, 1)]
     normal, bound = scipy.stats.norm, lambda limit: scipy.stats.uniform(-limit, 2 * limit)
     expected = {  # what a name is like: its distribution; all others are zeros or ones
         "MultiHead.*kernel": bound((6 / (64 + 64)) ** 0.5),  # the heads together
         "MlpBlock.*kernel": bound((6 / (64 + 256)) ** 0.5),
         "MlpBlock.*bias": normal(0, 1e-6),
         "pos_embedding": normal(0, 0.02),
-        "'embedding.*kernel": scipy.stats.truncnorm(-2, 2, 0, (3 * 8**2) ** -0.5 / 0.8796),
+        "^embedding.*kernel": scipy.stats.truncnorm(-2, 2, 0, (3 * 8**2) ** -0.5 / 0.8796),
     }
     starts = []
-    for path, x in jax.tree.leaves_with_path(both):
-        name = jax.tree_util.keystr(path)
-        known = [one for pattern, one in expected.items() if re.search(pattern, name)]
-        assert known or np.all(x == ("scale" in name)), name
-        for distribution in known:
-            assert scipy.stats.kstest(x.ravel(), distribution.cdf).pvalue > 1e-3, name
-            starts.append(x.ravel()[:128])
-    alike = np.corrcoef(starts) - np.eye(len(starts))
-    assert len(starts) == 2 * 10 and abs(alike).max() < 0.5
+    for seed in (0, 1):
+        params = jax.device_get(init(jax.random.key(seed), "ViT-XS_8", 128, 10))
+        for name, x in vit.to_released(params).items():
+            known = [one for pattern, one in expected.items() if re.search(pattern, name)]
+            assert known or np.all(x == name.endswith("scale")), name
+            for distribution in known:
+                assert scipy.stats.kstest(x.ravel(), distribution.cdf).pvalue > 1e-3, name
+                starts.append(x.ravel()[:64])
+    alike = np.corrcoef(starts) - np.eye(2 * 18)  # near 1 for arrays made with the same key
+    assert abs(alike).max() < 0.6
 
 
 # --------------------------------------------------------------------------------------- The model
@@ -447,12 +440,13 @@ def test_the_model_needs_nothing_but_jax_when_it_is_pasted_elsewhere():
 
 @pytest.mark.parametrize(
     "flags",
-    [{}, {"decay_type": "linear", "grad_norm_clip": 0.1}, {"dropout": 0.5}, {"mixup_alpha": 0.7}],
+    [{"decay_type": "linear", "grad_norm_clip": 0.1}, {"grad_norm_clip": 100}]
+    + [{"dropout": 0.5}, {"mixup_alpha": 0.7}],
     ids=str,
 )
 def test_an_update_on_eight_devices_is_what_its_description_says(params, flags):
-    flags |= {"total_steps": 10, "warmup_steps": 2, "base_lr": 0.1, "accum_steps": 2, "seed": 3}
-    options, r = vit.Options(**flags), np.random.RandomState(0)
+    schedule = {"total_steps": 10, "warmup_steps": 2, "base_lr": 0.1}
+    options, r = vit.Options(**flags, **schedule, accum_steps=2, seed=3), np.random.RandomState(0)
     images = r.randint(0, 256, (8, 2, 3, 32, 32, 3), np.uint8)  # devices, parts, images of each
     labels = r.randint(0, 5, (8, 2, 3)).astype(np.int32)
     momentum = jax.tree.map(lambda p: np.full(p.shape, 0.5, jnp.bfloat16), params)
@@ -461,11 +455,11 @@ def test_an_update_on_eight_devices_is_what_its_description_says(params, flags):
 
     mixup_key, dropout_key = jax.random.split(jax.random.fold_in(jax.random.key(3), 6))
     share = np.asarray(jax.random.beta(mixup_key, 0.7, 0.7)) if options.mixup_alpha else 1
-    parts = []
+    pixels, parts = images / np.float32(127.5) - 1, []
     for device in range(8):
         keys = jax.random.split(jax.random.fold_in(dropout_key, device), 2)
-        for x, y, key in zip(images[device], labels[device], keys, strict=True):
-            x, y = (share * z + (1 - share) * z[::-1] for z in (pixels_of(x), np.eye(5)[y]))
+        for x, y, key in zip(pixels[device], labels[device], keys, strict=True):
+            x, y = (share * z + (1 - share) * z[::-1] for z in (x, np.eye(5)[y]))
             parts.append(loss_and_gradient(params, x, y, key=key, rate=options.dropout))
     expected, grads = jax.tree.map(lambda *x: sum(x) / 16, *jax.device_get(parts))
     norm = np.sqrt(sum(np.vdot(g, g) for g in jax.tree.leaves(grads)))
@@ -561,9 +555,8 @@ def test_hosts_devices_and_parts_share_out_every_place_of_a_batch_in_order(monke
     assert vit.batch_positions(8, 2).tolist() == [[[0, 1], [2, 3]], [[4, 5], [6, 7]]]
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(jax, "process_index", mock.Mock(side_effect=(0, 1)))
-    assert np.ravel([vit.batch_positions(16, 2), vit.batch_positions(16, 2)]).tolist() == [
-        *range(16)
-    ]
+    both = [vit.batch_positions(16, 2) for _ in range(2)]
+    assert np.ravel(both).tolist() == [*range(16)]
 
 
 def test_batches_come_in_order_and_whole():
@@ -596,43 +589,22 @@ def test_pictures_are_learned_and_each_update_and_evaluation_is_in_metrics(learn
     assert_allclose(updates[[0, 1], [1, 2]], [np.log(2), 0.1], rtol=1e-5)  # the head was zeros
 
 
-@pytest.fixture
-def takes(monkeypatch):
-    """takes(name, seconds): the function of vit.py takes as long on a clock of our own."""
-    now = [0.0]
-    monkeypatch.setattr(vit, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-
-    def takes(name, seconds):
-        function = getattr(vit, name)
-
-        def slow(*arguments):
-            now[0] += seconds
-            return function(*arguments)
-
-        monkeypatch.setattr(vit, name, slow)
-
-    return takes
-
-
-def test_the_first_updates_the_due_and_the_last_have_a_line_of_progress(run, learned, takes):
-    takes("train_step", 160)
-    takes("evaluate", 10_000)  # which does not count
+def test_the_first_updates_the_due_and_the_last_have_a_line_of_progress(run, learned, monkeypatch):
+    clock = itertools.count(0, 160)  # 160 seconds pass from one look at it to the next
+    monkeypatch.setattr(vit, "time", mock.Mock(perf_counter=clock.__next__))
     out = run(f"{learned.command} --log_every=20 --logdir=new")
     assert re.search(r"^compiling an update of 16 images of 16 x 16 pixels \.\.\.$", out, re.M)
+    hint = "(no GPU or TPU found; for a CPU: --model=ViT-Ti_16 --image_size=224)"
     assert re.findall(r"^step (\d+)/30  loss [\d.]+  lr \S+  (.*)$", out, re.M) == [
         ("1", "compiled and computed in 3 min"),
-        (
-            "2",
-            "0.1 images/s  1 h 15 min left, plus evaluations "
-            "(no GPU or TPU found; for a CPU: --model=ViT-Ti_16 --image_size=224)",
-        ),
-        ("20", "0.1 images/s  27 min left, plus evaluations"),
-        ("30", "0.1 images/s  0 s left, plus evaluations"),
+        ("2", f"0.1 images/s  1 h 15 min left, plus evaluations {hint}"),
+        ("20", "0.5 images/s  5 min left, plus evaluations"),  # without the evaluation after 15
+        ("30", "1.0 images/s  0 s left, plus evaluations"),
     ]
     [(loss, rate)] = re.findall(r"^step 20/30  loss (\S+)  lr (\S+)", out, re.M)
     [row] = [row for row in metrics("new") if row[0] == "20"]
     assert abs(float(loss) - float(row[1])) < 1e-4 and float(rate) == float(f"{float(row[2]):.2e}")
-    assert float(row[3]) == 0.1 and out.count("test accuracy 100.00% of 10 images\n") == 2
+    assert float(row[3]) == 0.5 and out.count("test accuracy 100.00% of 10 images\n") == 2
 
 
 def test_the_first_images_are_drawn_as_the_model_sees_them(learned):
@@ -653,8 +625,8 @@ def test_evaluation_alone_takes_the_checkpoint_of_the_run_at_its_size(run, learn
 
 
 @pytest.mark.parametrize("count", [5, 37, 41])  # in batches of eight
-def test_evaluation_counts_every_image_once_and_no_padding(count, takes, capsys):
-    takes("eval_step", 11)
+def test_evaluation_counts_every_image_once_and_no_padding(count, monkeypatch, capsys):
+    monkeypatch.setattr(vit, "time", mock.Mock(perf_counter=itertools.count(0, 11).__next__))
     params, labels = seeded_params(tokens=5, classes=40), [int(i % 5 > 1) for i in range(count)]
     params["head"] = {"kernel": np.zeros((32, 40), "f"), "bias": -np.arange(40.0)}  # guesses 0
     data = {"test": range(count), "read": lambda i: (noise(16), labels[i])}
@@ -667,10 +639,10 @@ def test_evaluation_counts_every_image_once_and_no_padding(count, takes, capsys)
 def test_a_loss_that_is_not_finite_ends_the_run(run, learned, monkeypatch):
     def update(state, *batch, update=vit.train_step):
         state, loss, rate = update(state, *batch)
-        return state, jnp.where(state["step"] < 5, loss, jnp.nan), rate
+        return state, jnp.where(state["step"] < 5, loss, jnp.inf), rate
 
     monkeypatch.setattr(vit, "train_step", update)
-    assert "loss of step 5 is nan" in run(f"{learned.command} --logdir=new", 2)
+    assert "loss of step 5 is inf" in run(f"{learned.command} --logdir=new", 2)
     assert [row[0] for row in metrics("new")] == ["step", "1", "2", "3", "4"]
 
 
@@ -689,7 +661,8 @@ def test_fine_tuning_on_data_of_your_own_returns_the_params_that_it_saves():
 def test_ctrl_c_is_one_line_and_the_same_command_goes_on(run, learned):
     command = f"{learned.command} --logdir=~/new"
     with mock.patch.object(vit, "evaluate", side_effect=[1.0, KeyboardInterrupt]):
-        assert "stopped; " in run(command, 130)
+        stopped = "vit.py: stopped; a training run resumes from its last evaluation\n"
+        assert run(command, 130) == stopped
     out = run(command)
     assert "step 15 of 30" in out and re.search(r"step 16/30 .* compiled and computed in", out)
     assert result("new") == result(learned.logdir)
@@ -736,44 +709,37 @@ def test_folders_whose_runs_have_one_name_do_not_resume_each_other(run, monkeypa
         assert "its data was" in run(f"{other} {TINY}", 2)
 
 
-def test_what_runs_cannot_change_when_resumed_and_hosts_have_to_agree_on(monkeypatch):
-    of_a_host = ["logdir", "data_dir", "coordinator_address", "process_id"]
-    free = ["num_processes", "accum_steps", "remat", "log_every", "eval_every", "eval_only"]
-    free += of_a_host
-    first, data = vit.Options(logdir="run"), numbers(5) | {"name": "numbers"}
-    other = {"model": "ViT-S_16", "dtype": "bfloat16", "decay_type": "linear", "augment": "none"}
-    other |= {"dropout": 0.5, "pretrained": "x", "coordinator_address": "x", "data_dir": "x"}
-    other |= {"process_id": 0, "logdir": "./run"}  # as before, for they cannot be others here
-    changes = []
-    for name, value in vars(first).items():
-        options = vit.Options(**vars(first) | {name: other.get(name, value + type(value)(1))})
-        changes.append((name, options, data))
-    for name, value in {"data": "x", "classes": [*"abcde"]}.items():
-        changes.append((name, first, data | {"name" if name == "data" else name: value}))
-    for split in ("train", "test"):
-        changes.append((f"number of {split} images", first, data | {split: range(4)}))
+OF_A_HOST = ["logdir", "data_dir", "coordinator_address", "process_id"]
+MAY_CHANGE = ["num_processes", "accum_steps", "remat", "log_every", "eval_every", "eval_only"]
 
-    params = seeded_params()
+
+def test_a_run_is_resumed_only_with_the_options_and_data_that_define_it(params):
+    options, data = vit.Options(logdir="run"), numbers(5) | {"name": "numbers"}
+    identity = {k: v for k, v in vars(options).items() if k not in OF_A_HOST + MAY_CHANGE}
+    identity |= {"data": "numbers", "classes": [*range(5)]}
+    identity |= {"number of train images": 5, "number of test images": 2}
+    assert vit.identity_of(options, data) == identity
     state = {"params": params, "momentum": vit.sgd_init(params), "step": 3}
-    vit.save_run(first, data, state, [[1, 2]])
-    for name, *changed in changes:
-        if name in free:
-            assert vit.start_or_resume(*changed)[1] == [[1, 2]]
-        else:
-            pytest.raises(vit.BadInput, vit.start_or_resume, *changed).match(f"its {name} was ")
+    vit.save_run(options, data, state, [[1, 2]])
+    assert vit.start_or_resume(options, data)[1] == [[1, 2]]
+    for name in identity:
+        other = "run/checkpoint.npz", identity | {name: "other"}
+        pytest.raises(vit.BadInput, vit.resume, *other).match(f"its {name} was ")
 
-    os.remove("run/checkpoint.npz")
-    monkeypatch.setattr(vit, "initial_params", lambda *_: params)
-    gather = mock.Mock(
-        side_effect=lambda digests: np.stack([gather.call_args_list[0].args[0], digests])
-    )
+
+def test_hosts_have_to_agree_on_everything_but_where_each_of_them_is(params, monkeypatch):
+    gather = mock.Mock(side_effect=lambda mine: np.stack([gather.mock_calls[0].args[0], mine]))
     monkeypatch.setattr(vit.multihost_utils, "process_allgather", gather)
-    vit.start_or_resume(first, data)  # on the first host; on the second it is changed:
-    for name, *changed in changes:
-        if name in of_a_host:
-            vit.start_or_resume(*changed)
-        else:
-            pytest.raises(vit.BadInput, vit.start_or_resume, *changed).match(f"differ in {name}, ")
+    monkeypatch.setattr(vit, "initial_params", lambda *_: params)
+    options, data = vit.Options(), numbers(5)
+    with mock.patch.object(vit, "same_on_all_hosts", wraps=vit.same_on_all_hosts) as same:
+        vit.start_or_resume(options, data)  # on the first host
+    [values] = same.call_args.args
+    assert values == vars(options) | vit.identity_of(options, data) | {"step of checkpoint.npz": 0}
+    vit.same_on_all_hosts(values | dict.fromkeys(OF_A_HOST, "other"))  # on a second
+    for name in values.keys() - OF_A_HOST:
+        other = values | {name: "other"}
+        pytest.raises(vit.BadInput, vit.same_on_all_hosts, other).match(f"differ in {name}, ")
 
 
 # ------------------------------------------------------------------------------------------- Hosts
@@ -948,27 +914,24 @@ def test_a_hostile_safetensors_file_is_bad_input(data):
 
 @pytest.mark.parametrize("kind", ["npz", "safetensors", "png", "jpeg", "gif", "webp"])
 def test_a_damaged_file_is_bad_input_or_gives_the_right_weights_or_a_picture(kind):
-    r, path, params, noticed = np.random.default_rng(0), Path("x"), seeded_params(**XS), 0
-    with path.open("wb") as file:
-        if kind == "npz":
-            np.savez(file, **seeded_weights(**XS))
-        elif kind == "safetensors":
-            file.write(safetensors(timm_arrays()))
-        else:
-            noise(40).save(file, kind)
+    path, weights, noticed = Path(f"x.{kind}"), kind in ("npz", "safetensors"), 0
+    r, params = np.random.default_rng(0), seeded_params(**XS)
+    if kind == "npz":
+        np.savez(path, **seeded_weights(**XS))
+    elif kind == "safetensors":
+        path.write_bytes(safetensors(timm_arrays()))
+    else:
+        noise(40).save(path)
     data = np.fromfile(path, np.uint8)
     end = 3000 if kind == "safetensors" else len(data)  # its arrays have no checksums
     for i in range(40):
-        broken = data[: len(data) if i % 3 else r.integers(1, len(data))].copy()
-        broken[r.integers(min(end, len(broken)), size=r.integers(1, 4))] ^= r.integers(
-            1, 256, 1, np.uint8
-        )
-        broken.tofile(path)
+        broken = data.copy()
+        broken[r.integers(end, size=1 + i % 3)] ^= np.uint8(1 + i)
+        broken[: r.integers(len(data)) if i % 4 == 0 else None].tofile(path)
         try:
-            weights = kind in ("npz", "safetensors")
             found = vit.load_checkpoint(path) if weights else vit.decode(path, "x")
             assert equal(found, params) if weights else found.mode == "RGB"
-        except vit.BadInput:
+        except vit.BadInput:  # and no other exception
             noticed += 1
     assert noticed > (25 if weights else 8)
 
@@ -978,25 +941,20 @@ def test_a_damaged_file_is_bad_input_or_gives_the_right_weights_or_a_picture(kin
 
 @pytest.fixture
 def web(monkeypatch):
-    """A web of our own: its contents, by address, and the addresses that were asked for."""
+    """A web of our own: what it has at an address, or raises, and what it was asked for."""
+    web = SimpleNamespace(contents={}, asked=[])
 
-    class Web(urllib.request.HTTPSHandler):
-        contents, asked = {}, []
+    def urlopen(url, timeout):
+        assert timeout == 60  # seconds of silence
+        web.asked.append(url)
+        content = web.contents.get(url, urllib.error.HTTPError(url, 403, "the reason", {}, None))
+        if isinstance(content, Exception):
+            raise content
+        headers = {"Content-Length": len(content) * (1 + url.endswith("cut"))}
+        return urllib.response.addinfourl(io.BytesIO(content), headers, url)
 
-        def https_open(self, request):
-            self.asked.append(request.full_url)
-            assert request.timeout == 60  # seconds of silence
-            if request.full_url.endswith("broken"):
-                raise http.client.BadStatusLine("what?")
-            content = self.contents.get(request.full_url, b"")
-            headers = {"Content-Length": len(content) * (1 + request.full_url.endswith("cut"))}
-            status = 200 if content else 403
-            reply = urllib.response.addinfourl(io.BytesIO(content), headers, "", status)
-            reply.msg = "the reason"
-            return reply
-
-    monkeypatch.setattr(urllib.request, "_opener", urllib.request.build_opener(Web))
-    return Web
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    return web
 
 
 PLACES = """https://storage.googleapis.com/vit_models/{}/ViT-B_16.npz
@@ -1007,9 +965,8 @@ PHOTOS = PLACES.format("imagenet21k+imagenet2012", "384.orig_in21k_ft_in1k").spl
 
 def test_training_takes_the_21k_weights_from_the_second_place_if_the_first_refuses(web):
     web.contents[TRAINING[1]] = safetensors(timm_arrays())
-    for _ in range(2):  # from the web, then from the disk
-        found = vit.initial_params(vit.Options(image_size=16), 3)
-        assert equal(found["cls"], seeded_weights(**XS)["cls"]) and web.asked == TRAINING
+    found = vit.initial_params(vit.Options(image_size=16), 3)
+    assert equal(found["cls"], seeded_weights(**XS)["cls"]) and web.asked == TRAINING
 
 
 def test_photos_take_the_weights_that_know_imagenet(run, web):
@@ -1018,20 +975,15 @@ def test_photos_take_the_weights_that_know_imagenet(run, web):
     assert run("a.png") and web.asked == PHOTOS
 
 
-def test_if_both_places_refuse_the_line_names_both(run, web):
-    error = run(f"digits {TINY} --model=ViT-B_16 --pretrained=released", 2)
-    assert error.count("403") == 2 and all(place in error for place in TRAINING)
-
-
-@pytest.mark.parametrize(
-    "file, why",
-    [("cut", "50000"), ("login", "<!DOCTYPE"), ("no", "403"), ("broken", "what")],
-)
-def test_a_download_that_fails_says_why_and_leaves_no_file(web, file, why):
-    web.contents.update({"https://a/cut": b"x" * 50_000, "https://a/login": b"<!DOCTYPE html>"})
-    arguments = [f"https://a/{file}"], vit.Options(), vit.load_checkpoint
-    pytest.raises(vit.BadInput, vit.fetch, *arguments).match(f"https://a/{file}.*{why}")
-    assert not [*Path().rglob("downloads/*")]
+def test_a_download_that_fails_names_every_address_and_its_reason_and_leaves_no_file(run, web):
+    web.contents |= {"https://a/cut": b"x" * 50_000, "https://a/login": b"<!DOCTYPE html>"}
+    web.contents["https://a/broken"] = http.client.BadStatusLine("what?")
+    reasons = {"cut": "50000", "login": "<!DOCTYPE", "no": "403", "broken": "what"}
+    addresses = [f"https://a/{name}" for name in reasons]
+    line = " or ".join(rf"https://a/{name} \(.*{why}.*\)" for name, why in reasons.items())
+    with pytest.raises(vit.BadInput, match=line):
+        vit.fetch(addresses, vit.Options(), vit.load_checkpoint)
+    assert web.asked == addresses and not [*Path().rglob("downloads/*")]
 
 
 def test_addresses_that_end_alike_are_kept_apart_and_fetched_once(web):
@@ -1094,26 +1046,23 @@ def test_folders_may_hold_links_capital_endings_and_what_is_no_picture(split):
     assert [label for _, label in map(data["read"], data["train"])] == [0] * 8 + [1] * 8
 
 
-FIVE_FILES = "data_batch_1 data_batch_2 data_batch_3 data_batch_4 data_batch_5"
-
-
 @pytest.mark.parametrize(
     "name, train, test, names",
-    [("cifar-10", FIVE_FILES, "test_batch", "batches.meta.txt")]
-    + [("cifar-100", "train", "test", "fine_label_names.txt")],
+    [("cifar10", [f"data_batch_{i}" for i in range(1, 6)], "test_batch", "batches.meta.txt")]
+    + [("cifar100", ["train"], "test", "fine_label_names.txt")],
 )
 def test_cifar_is_98_percent_of_a_verified_archive(name, train, test, names, web, monkeypatch):
-    at = int(name == "cifar-100")  # where the label is: there, after a coarse one
+    at = int(name == "cifar100")  # where the label is: there, after a coarse one
     rows = np.random.RandomState(0).randint(0, 256, (60, at + 1 + 3 * 32 * 32), np.uint8)
-    folder = Path(f"{name}-binary")
+    folder = Path("x")
     folder.mkdir()
     (folder / names).write_text("zero\none\n\n")
-    rows[50:].tofile(folder / f"{test}.bin")
-    for file, part in zip(train.split(), np.split(rows[:50], len(train.split())), strict=True):
+    parts = [*np.split(rows[:50], len(train)), rows[50:]]
+    for file, part in zip([*train, test], parts, strict=True):
         part.tofile(folder / f"{file}.bin")
     archive = Path(shutil.make_archive("x", "gztar", ".", folder)).read_bytes()
-    web.contents[f"https://www.cs.toronto.edu/~kriz/{name}-binary.tar.gz"] = archive
-    name = name.replace("-", "")
+    address = name.replace("cifar", "https://www.cs.toronto.edu/~kriz/cifar-") + "-binary.tar.gz"
+    web.contents[address] = archive
     assert [vit.CIFAR[x][:8] for x in ("cifar10", "cifar100")] == ["c4a38c50", "58a81ae1"]
     monkeypatch.setitem(vit.CIFAR, name, hashlib.sha256(archive).hexdigest())
     data = vit.load_data(name, vit.Options())
@@ -1150,11 +1099,10 @@ def test_tfds_sets_are_tested_on_labelled_images_never_trained_on(name, counts, 
     kind(data_dir="tensorflow_datasets", file_format="array_record").download_and_prepare()
     data = vit.load_data(name, vit.Options())
     assert "tensorflow" not in sys.modules and data["classes"] == [*"0123456789"]
-    read = {x: [data["read"](data[x][i]) for i in range(len(data[x]))] for x in ("train", "test")}
-    greys = {x: {image.getpixel((0, 0))[0] for image, _ in read[x]} for x in read}
-    assert all(label == image.getpixel((0, 0))[0] % 10 for x in read for image, label in read[x])
-    assert (len(greys["train"]), len(greys["test"])) == sizes
-    assert greys["test"] <= {*tested} - greys["train"]
+    train, test = ([*map(data["read"], data[split])] for split in ("train", "test"))
+    assert all(label == image.getpixel((0, 0))[0] % 10 for image, label in train + test)
+    trained, tests = ({image.getpixel((0, 0))[0] for image, _ in split} for split in (train, test))
+    assert (len(trained), len(tests)) == sizes and tests <= {*tested} - trained
 
 
 # ------------------------------------------------------------------------------------------ Photos
@@ -1168,7 +1116,7 @@ def photos(run):
     for name, left in (("a.jpg", -2), ("b.png", -1)):
         Image.effect_mandelbrot((90, 60), (left, -1, 1, 1), 50).convert("RGB").save(name)
         inputs.append(Image.open(name).resize((32, 32), Image.Resampling.BILINEAR))
-    logits, weights = with_attention(params, pixels_of(np.stack(inputs)))
+    logits, weights = with_attention(params, np.stack(inputs) / np.float32(127.5) - 1)
     return run("a.jpg b.png --pretrained=x.npz"), np.float64(logits), np.float64(weights)
 
 
@@ -1209,7 +1157,6 @@ BIAS = "Transformer/encoderblock_1/LayerNorm_2/bias"
 OTHER_MODELS = """blocks.0.ls1.gamma blocks.0.attn.q_norm.weight reg_token fc_norm.weight
     head_dist.weight norm_pre.bias patch_embed.backbone.weight"""  # have these arrays
 BITS = "uint16", "int32", "float32"  # and so more of them than a picture is to have
-QUERY = "Transformer/encoderblock_0/MultiHeadDotProductAttention_1/query/kernel"
 
 
 @pytest.fixture(scope="module")
@@ -1217,24 +1164,17 @@ def bad(tmp_path_factory):
     """A folder of files and folders, each with one thing that is bad."""
     root, flat = tmp_path_factory.mktemp("bad"), seeded_weights(**XS)
     bad = {"pickled cls": np.array([{}], object), "registers registers": np.ones(1, "f")}
-    bad |= {"half pre_logits/kernel": np.eye(64, dtype="f"), f"nan {BIAS}": np.full(64, np.nan)}
-    bad |= {f"inf {BIAS}": np.full(64, np.inf)}
-    bad |= {f"misshapen {BIAS}": np.zeros(7, "f"), f"heads {QUERY}": np.ones((64, 9, 1), "f")}
-    bad |= {f"ints {BIAS}": np.zeros(64, int)}
+    bad |= {"half pre_logits/kernel": np.eye(64, dtype="f"), f"inf {BIAS}": np.full(64, np.inf)}
+    bad |= {f"misshapen {BIAS}": np.zeros(7, "f"), f"ints {BIAS}": np.zeros(64, int)}
     bad |= {"names class_names": np.array(["cat"]), "others class_names": np.array([*"ab"])}
-    for names, array in (bad | {"good cls": flat["cls"]}).items():
+    bad |= {f"oblong {EMBEDDINGS}": np.zeros((1, 4, 64), "f")}
+    for names, array in (bad | {"good cls": flat["cls"], "checkpoint cls": flat["cls"]}).items():
         file, name = names.split()
         np.savez(root / f"{file}.npz", **flat | {name: array})
     np.savez(root / "three.npz", **seeded_weights(**XS | {"classes": 3}))
     np.savez(root / "nothing.npz", x=np.zeros(3))
     np.savez(root / "headless.npz", **{k: v for k, v in flat.items() if "head/" not in k})
-    np.savez(root / "oblong.npz", **flat | {EMBEDDINGS: np.zeros((1, 4, 64), "f")})
     np.savez(root / "missing.npz", **{k: v for k, v in flat.items() if k != BIAS})
-    np.savez(root / "gap.npz", **{k.replace("k_1/", "k_2/"): v for k, v in flat.items()})
-    good = (root / "good.npz").read_bytes()
-    for name, data in (("empty", b""), ("text", b"hello"), ("cut", good[:-9000])):
-        (root / f"{name}.npz").write_bytes(data)
-    shutil.copy(root / "good.npz", root / "checkpoint.npz")
     for name in OTHER_MODELS.split():
         (root / name).write_bytes(safetensors(timm_arrays() | {name: np.ones(64)}))
     for kind in BITS:
@@ -1252,34 +1192,31 @@ def bad(tmp_path_factory):
 
 # Each line of error names the last word of the command, or what is written after a colon here.
 BAD_COMMANDS = """digits --modle=ViT-B_16 | digits --model=ViT-Q_16 | digits --model=B_16
-    digits --model=ViT-XS_0 | digits --dtype=float16 | digits --decay_type=step
-    digits --augment=all | digits --total_steps=many: many | digits --total_steps=0
-    digits --total_steps=4294967296 | digits --batch_size=0 | digits --batch_size=9
+    digits --model=ViT-XS_0 | digits --model=ViT-B_16.npz | digits --dtype=float16
+    digits --decay_type=step | digits --augment=all | digits --total_steps=0
+    digits --total_steps=many: many | digits --total_steps=4294967296 | digits --batch_size=0
     digits --batch_size=24 --accum_steps=2: 24 is not a multiple of 8 devices x --accum_steps=2
     digits --base_lr=-1 | digits --base_lr=nan | digits --image_size=7 | digits --dropout=1.5
-    digits --warmup_steps=30 | digits --seed=18446744073709551616 | digits --mixup_alpha=inf
-    digits --mixup_alpha=0.2 --batch_size=8: --mixup_alpha | digits --eval_only: runs/digits
+    digits --mixup_alpha=0.2 --batch_size=8: --mixup_alpha | digits --warmup_steps=30
+    digits --eval_only: runs/digits | digits --process_id=1
     digits --num_processes=2: --coordinator_address | digits --coordinator_address=foo: 'foo'
     digits --coordinator_address=127.0.0.1:abc: 127.0.0.1:abc
-    digits --process_id=1
     digits --pretrained=released --model=ViT-S_14 | digits --eval_only --pretrained=good.npz
-    good --pretrained=oblong.npz: not for square | x.png --pretrained=headless.npz: no head
-    good --pretrained=headless.npz --eval_only: or no head | mnist: must be prepared
-    good --data_dir=cache --pretrained=https://127.0.0.1:9/v.npz: cannot use https
     good --pretrained=absent | good --pretrained=: No such file | good --pretrained=nothing.npz
     good --pretrained=pickled.npz: allow_pickle | good --pretrained=registers.npz: registers
-    good --pretrained=half.npz: pre_logits/bias | good --pretrained=misshapen.npz: (7,)
-    good --pretrained=inf.npz: LayerNorm_2/bias
-    good --pretrained=nan.npz: LayerNorm_2/bias | good --pretrained=ints.npz: LayerNorm_2/bias
-    good --pretrained=missing.npz: LayerNorm_2/bias | good --pretrained=gap.npz: encoderblock_1
-    good --pretrained=heads.npz | good --pretrained=empty.npz | good --pretrained=text.npz
-    good --pretrained=cut.npz | good --pretrained=good.npz --image_size=7
+    good --pretrained=half.npz: pre_logits/bias | good --pretrained=inf.npz: LayerNorm_2/bias
+    good --pretrained=misshapen.npz: (7,) | good --pretrained=ints.npz: LayerNorm_2/bias
+    good --pretrained=missing.npz: LayerNorm_2/bias | good --pretrained=oblong.npz: not for square
     good --pretrained=three.npz --eval_only: other classes
-    good --pretrained=others.npz --eval_only: other classes | x.png --pretrained=names.npz
+    good --pretrained=others.npz --eval_only: other classes
+    good --pretrained=headless.npz --eval_only: or no head
+    good --data_dir=cache --pretrained=https://127.0.0.1:9/v.npz: cannot use https
     good --data_dir=cache --pretrained=http://127.0.0.1:9/v.npz | good --logdir=.: checkpoint.npz
-    cut_image --pretrained=none: dog/3.png | one: 'cat' | unknown: 'wolf' | no_images | cifra10
-    CIFAR10 | no/such/folder | nothere.jpg | text.npz digits: text.npz digits
-    text.npz --pretrained=good.npz: text.npz | bomb.png --pretrained=good.npz: bomb.png"""
+    x.png --pretrained=headless.npz: no head | x.png --pretrained=names.npz
+    bomb.png --pretrained=good.npz: bomb.png | good.npz --pretrained=good.npz: image good.npz
+    good.npz digits: good.npz digits | cut_image --pretrained=none: dog/3.png | one: 'cat'
+    unknown: 'wolf' | no_images | mnist: must be prepared | cifra10 | CIFAR10 | no/such/folder
+    nothere.jpg"""
 BAD_COMMANDS = re.split(r"\s*[|\n]\s*", BAD_COMMANDS)
 BAD_COMMANDS += [f"good --pretrained={name}: {name}, so" for name in OTHER_MODELS.split()]
 BAD_COMMANDS += [f"{x}.tiff --pretrained=good.npz: {x}.tiff (save it with 8 bits" for x in BITS]
@@ -1294,16 +1231,11 @@ def test_bad_input_is_one_line_and_status_2(run, case, bad, monkeypatch):
     assert words in error and len(error) < 620
 
 
-@pytest.mark.parametrize(
-    "error, status, line",
-    [(KeyboardInterrupt(), 130, "stopped; a training run resumes from its last evaluation")]
-    + [(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: x"), 2, "out of memory; .*--accum_steps")]
-    + [(ImportError("no jpeg"), 2, "no jpeg"), (OSError(28, "disk full"), 2, ".*disk full")],
-    ids=lambda x: type(x).__name__,
-)
-def test_each_way_to_fail_has_its_status_and_line(run, monkeypatch, error, status, line):
-    monkeypatch.setattr(vit, "train", mock.Mock(side_effect=error))
-    assert re.match(f"vit.py: {line}", run("digits", status))
+def test_a_missing_package_and_full_memory_are_one_line(run, monkeypatch):
+    full = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: x")
+    monkeypatch.setattr(vit, "train", mock.Mock(side_effect=[ImportError("no jpeg"), full]))
+    assert run("digits", 2) == "vit.py: no jpeg\n"
+    assert re.match("vit.py: out of memory; .*--accum_steps", run("digits", 2))
 
 
 def test_a_bug_of_ours_shows_its_traceback(monkeypatch):
@@ -1320,12 +1252,11 @@ def test_help_explains_every_option_with_its_default(capsys, monkeypatch):
         assert re.search(rf"--{name} .*\S \({re.escape(str(default))}\)", out)
 
 
-@pytest.mark.parametrize("how", ["-", "-m zipped"])
+@pytest.mark.parametrize("how", ["-", "x.zip"])
 def test_the_file_runs_piped_into_python_and_from_inside_a_zip(learned, how):
     with zipfile.ZipFile("x.zip", "w") as archive:
-        archive.writestr("zipped.py", SOURCE)
-    process = start(f"{how} {learned.command} --logdir=new", PYTHONPATH="x.zip")
-    status, out, _ = finish(process, SOURCE)
+        archive.writestr("__main__.py", SOURCE)
+    status, out, _ = finish(start(f"{how} {learned.command} --logdir=new"), SOURCE)
     assert status == 0 and out.count("test accuracy 100.00%") == 2
 
 
@@ -1354,12 +1285,10 @@ def test_the_recipes_of_the_readme_run(monkeypatch, capsys):
     params["head"]["kernel"] = jax.random.normal(jax.random.key(1), (64, 10))
     vit.save_checkpoint("runs/digits/checkpoint.npz", params)
     [recipes] = re.findall(r"```python recipes\n(.*?)```", README, re.S)
-    recipes = recipes.split("\n\n")
-    assert len(recipes) == 5 and all(recipe.count("\n") <= 8 for recipe in recipes)
+    assert all(recipe.count("\n") <= 8 for recipe in recipes.split("\n\n"))
     short = '"--logdir=runs/adamw", "--total_steps=2", "--warmup_steps=1"'
     names = {}
-    for recipe in recipes:
-        exec(recipe.replace('"--logdir=runs/adamw"', short), names)
+    exec(recipes.replace('"--logdir=runs/adamw"', short), names)
     out = capsys.readouterr().out
     assert float(re.search(r"linear probe: ([\d.]+)%", out)[1]) > 30  # by chance 10
     assert len(re.findall(r"^\d: [\d.]+%$", out, re.M)) == 10
