@@ -195,7 +195,7 @@ def mlp(x, Dense_0, Dense_1, dropout_key=None, dropout_rate=0.0):
 
 
 def encoder_block(x, block, dropout_key=None, dropout_rate=0.0, return_weights=False):
-    """One pre-norm Transformer block (paper, eq. 2 and 3): [B, N, D] -> [B, N, D].
+    """One pre-norm Transformer block (paper, eqs. 2 and 3): [B, N, D] -> [B, N, D].
 
     block: the parameters of one block (see PARAMETERS). Also returns the attention weights.
     """
