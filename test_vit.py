@@ -1196,6 +1196,7 @@ BAD_COMMANDS = """digits --modle=ViT-B_16 | digits --model=ViT-Q_16 | digits --m
     digits --decay_type=step | digits --augment=all | digits --total_steps=0
     digits --total_steps=many: many | digits --total_steps=4294967296 | digits --batch_size=0
     digits --batch_size=24 --accum_steps=2: 24 is not a multiple of 8 devices x --accum_steps=2
+    digits --accum_steps=0 | digits --log_every=0 | digits --eval_every=0 | digits --warmup_steps=-1
     digits --base_lr=-1 | digits --base_lr=nan | digits --image_size=7 | digits --dropout=1.5
     digits --mixup_alpha=0.2 --batch_size=8: --mixup_alpha | digits --warmup_steps=30
     digits --eval_only: runs/digits | digits --process_id=1
