@@ -294,7 +294,7 @@ def test_the_recipe_is_the_published_one_and_digits_have_their_own():
     digits = dict(model="ViT-XS_8", pretrained="none", image_size=32, augment="none", base_lr=0.1)
     digits |= dict(batch_size=64, accum_steps=1, total_steps=800, warmup_steps=100)
     recipes = dict(cifar10=published, cifar100=published, digits=digits)
-    recipes["imagenet2012"] = published | {"total_steps": 20_000}
+    recipes["imagenet2012:5.1.0"] = published | {"total_steps": 20_000}
     for data, recipe in recipes.items():
         *_, options = vit.parse_options([data])
         assert recipe.items() <= vars(options).items(), data
@@ -417,6 +417,20 @@ def test_fused_attention_and_its_gradients_equal_attention_written_out(monkeypat
     values, backward = jax.vjp(jax.jit(vit.fused_attention), *qkv)
     expected, expected_backward, _ = jax.vjp(attend, *qkv, has_aux=True)
     all_close((values, backward(direction)), (expected, expected_backward(direction)), 1e-6)
+
+
+@pytest.mark.parametrize(
+    "kind, capability, dtype",
+    [("NVIDIA A100", "8.0", "bfloat16"), ("NVIDIA A100", "8.0", "float32")]
+    + [("NVIDIA GeForce RTX 2080", "7.5", "bfloat16"), ("TPU v5e", "-", "bfloat16")],
+)
+def test_attention_is_fused_where_cudnn_can_do_it(params, monkeypatch, kind, capability, dtype):
+    device = SimpleNamespace(device_kind=kind, compute_capability=capability)
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    fused = mock.Mock(side_effect=lambda q, k, v: v)
+    monkeypatch.setattr(vit, "fused_attention", fused)
+    jax.eval_shape(vit.forward, params, jnp.asarray(IMAGES, dtype))
+    assert fused.called == (capability == "8.0" and dtype == "bfloat16")
 
 
 def test_with_bfloat16_softmax_and_logits_stay_in_float32(params):
@@ -593,6 +607,7 @@ def test_the_first_updates_the_due_and_the_last_have_a_line_of_progress(run, lea
     clock = itertools.count(0, 160)  # 160 seconds pass from one look at it to the next
     monkeypatch.setattr(vit, "time", mock.Mock(perf_counter=clock.__next__))
     out = run(f"{learned.command} --log_every=20 --logdir=new")
+    assert "16 images for training and 10 for testing, of 2 classes" in out
     assert re.search(r"^compiling an update of 16 images of 16 x 16 pixels \.\.\.$", out, re.M)
     hint = "(no GPU or TPU found; for a CPU: --model=ViT-Ti_16 --image_size=224)"
     assert re.findall(r"^step (\d+)/30  loss [\d.]+  lr \S+  (.*)$", out, re.M) == [
@@ -651,6 +666,8 @@ def test_fine_tuning_on_data_of_your_own_returns_the_params_that_it_saves():
     *_, options = vit.parse_options(f"own {TINY} --pretrained=~/x.npz".split())
     tuned = vit.train(options, numbers(16))
     assert equal(vit.load_checkpoint("runs/own/checkpoint.npz"), tuned)
+    with pytest.raises(vit.BadInput, match="no images for training"):
+        vit.train(options, numbers(0))
     moved = abs(tuned["cls"] - seeded_weights(**XS)["cls"])
     assert 0 < moved.max() < 0.3 and tuned["head"]["bias"].shape == (16,)  # a new head
 
@@ -705,6 +722,8 @@ def test_folders_whose_runs_have_one_name_do_not_resume_each_other(run, monkeypa
     monkeypatch.chdir("w")
     assert run(f"a/b {TINY}") and Path("runs/a-b/checkpoint.npz").exists()
     assert "step 30 of 30" in run(f"./a/b/ {TINY}")  # the same folder
+    for path, logdir in {".": "runs/data", "C:\\a\\b": "runs/C-a-b"}.items():
+        assert vit.parse_options([path])[-1].logdir == logdir
     for other in ("a-b", "../a/b"):
         assert "its data was" in run(f"{other} {TINY}", 2)
 
@@ -725,6 +744,9 @@ def test_a_run_is_resumed_only_with_the_options_and_data_that_define_it(params):
     for name in identity:
         other = "run/checkpoint.npz", identity | {name: "other"}
         pytest.raises(vit.BadInput, vit.resume, *other).match(f"its {name} was ")
+    vit.save_run(options, data, state | {"momentum": {"v": params["cls"]}}, [])
+    with pytest.raises(vit.BadInput, match="another optimizer"):
+        vit.start_or_resume(options, data)
 
 
 def test_hosts_have_to_agree_on_everything_but_where_each_of_them_is(params, monkeypatch):
@@ -1078,7 +1100,7 @@ def test_cifar_is_98_percent_of_a_verified_archive(name, train, test, names, web
 
 @pytest.mark.parametrize(
     "name, counts, sizes, tested",
-    [("one", {"train": 20}, (18, 2), range(20))]
+    [("one", {"train": 20}, (18, 2), range(20)), ("no", {"test": 3}, (0, 3), range(200, 203))]
     + [("two", {"train": 20, "validation": 5}, (20, 5), range(100, 105))]
     + [("all", {"train": 20, "validation": 5, "test": 3}, (20, 3), range(200, 203))]
     + [("unlabelled", {"train": 20, "validation": 5, "test": -3}, (20, 5), range(100, 105))]
@@ -1103,6 +1125,9 @@ def test_tfds_sets_are_tested_on_labelled_images_never_trained_on(name, counts, 
     assert all(label == image.getpixel((0, 0))[0] % 10 for image, label in train + test)
     trained, tests = ({image.getpixel((0, 0))[0] for image, _ in split} for split in (train, test))
     assert (len(trained), len(tests)) == sizes and tests <= {*tested} - trained
+    [info] = Path("tensorflow_datasets").rglob("dataset_info.json")
+    info.write_text(info.read_text().replace("array_record", "tfrecord"))
+    pytest.raises(vit.BadInput, vit.load_data, name, vit.Options()).match("TFRECORD.* data_dir")
 
 
 # ------------------------------------------------------------------------------------------ Photos
@@ -1113,11 +1138,12 @@ def photos(run):
     """What is printed for two photos with a checkpoint for 32 pixels; its logits and attention."""
     params, inputs = seeded_params(classes=7), []
     vit.save_checkpoint("x.npz", params, class_names=[*"abcdefg"])
-    for name, left in (("a.jpg", -2), ("b.png", -1)):
+    os.mkdir("in")
+    for name, left in (("in/a.jpg", -2), ("in/b.png", -1)):
         Image.effect_mandelbrot((90, 60), (left, -1, 1, 1), 50).convert("RGB").save(name)
         inputs.append(Image.open(name).resize((32, 32), Image.Resampling.BILINEAR))
     logits, weights = with_attention(params, np.stack(inputs) / np.float32(127.5) - 1)
-    return run("a.jpg b.png --pretrained=x.npz"), np.float64(logits), np.float64(weights)
+    return run("in/a.jpg in/b.png --pretrained=x.npz"), np.float64(logits), np.float64(weights)
 
 
 def test_photos_get_the_names_and_percents_of_the_checkpoint_at_its_size(photos):
@@ -1138,7 +1164,7 @@ def test_each_photo_is_drawn_beside_itself_lit_by_the_flow_of_attention(photos):
         light = 26 + 229 * np.minimum(1, patches / np.percentile(patches, 99))
         light = Image.fromarray(light.astype(np.uint8)).resize((90, 60), Image.Resampling.BILINEAR)
         left, right = np.hsplit(np.asarray(Image.open(f"{photo}-attention.png"), float), 2)
-        assert np.array_equal(left, Image.open(photo)) and right.std() > 5
+        assert np.array_equal(left, Image.open(f"in/{photo}")) and right.std() > 5
         assert abs(right - left * np.asarray(light)[..., None] / 255).max() < 4
 
 
@@ -1146,7 +1172,7 @@ def test_a_checkpoint_of_1000_classes_is_taken_for_one_of_imagenet(run, photos):
     weights = seeded_weights(classes=1000)
     weights["head/bias"][[0, 207, 999]] = 30, 28, 26
     np.savez("y.npz", **weights)
-    names = re.findall(r"%  (.{16})", run("a.jpg --pretrained=y.npz"))
+    names = re.findall(r"%  (.{16})", run("in/a.jpg --pretrained=y.npz"))
     assert names[:3] == ["tench, Tinca tin", "golden retriever", "toilet tissue, t"]
 
 
@@ -1179,10 +1205,13 @@ def bad(tmp_path_factory):
         (root / name).write_bytes(safetensors(timm_arrays() | {name: np.ones(64)}))
     for kind in BITS:
         Image.fromarray(np.full((8, 8), 300, kind)).save(root / f"{kind}.tiff")
-    for name in ("good", "one", "unknown", "cut_image"):
+    with zipfile.ZipFile(root / "torch.pth", "w") as archive:
+        archive.writestr("archive/data.pkl", "x")
+    for name in ("good", "one", "unknown", "cut_image", "nested"):
         picture_folder(root / name)
     shutil.rmtree(root / "one/train/dog")
     (root / "unknown/test/dog").rename(root / "unknown/test/wolf")
+    (root / "nested/train").rename(root / "nested/Training")
     (root / "cut_image/train/dog/3.png").write_bytes(b"\x89PNG")
     (root / "no_images/train/cat").mkdir(parents=True)
     Image.new("1", (20_000, 20_000)).save(root / "bomb.png")
@@ -1207,7 +1236,8 @@ BAD_COMMANDS = """digits --modle=ViT-B_16 | digits --model=ViT-Q_16 | digits --m
     good --pretrained=pickled.npz: allow_pickle | good --pretrained=registers.npz: registers
     good --pretrained=half.npz: pre_logits/bias | good --pretrained=inf.npz: LayerNorm_2/bias
     good --pretrained=misshapen.npz: (7,) | good --pretrained=ints.npz: LayerNorm_2/bias
-    good --pretrained=missing.npz: LayerNorm_2/bias | good --pretrained=oblong.npz: not for square
+    good --pretrained=torch.pth: such as PyTorch's | good --pretrained=oblong.npz: not for square
+    good --pretrained=missing.npz: LayerNorm_2/bias
     good --pretrained=three.npz --eval_only: other classes
     good --pretrained=others.npz --eval_only: other classes
     good --pretrained=headless.npz --eval_only: or no head
@@ -1216,8 +1246,8 @@ BAD_COMMANDS = """digits --modle=ViT-B_16 | digits --model=ViT-Q_16 | digits --m
     x.png --pretrained=headless.npz: no head | x.png --pretrained=names.npz
     bomb.png --pretrained=good.npz: bomb.png | good.npz --pretrained=good.npz: image good.npz
     good.npz digits: good.npz digits | cut_image --pretrained=none: dog/3.png | one: 'cat'
-    unknown: 'wolf' | no_images | mnist: must be prepared | cifra10 | CIFAR10 | no/such/folder
-    nothere.jpg"""
+    unknown: 'wolf' | nested: CLASS/*.jpg | no_images | mnist: must be prepared | cifra10
+    CIFAR10 | no/such/folder | nothere.jpg"""
 BAD_COMMANDS = re.split(r"\s*[|\n]\s*", BAD_COMMANDS)
 BAD_COMMANDS += [f"good --pretrained={name}: {name}, so" for name in OTHER_MODELS.split()]
 BAD_COMMANDS += [f"{x}.tiff --pretrained=good.npz: {x}.tiff (save it with 8 bits" for x in BITS]

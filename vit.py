@@ -171,9 +171,10 @@ def attention(x, query, key, value, out, return_weights=False):
     q = linear(x, **query).reshape(b, n, heads, head_dim)  # [B, N, A*E] -> [B, N, A, E]
     k = linear(x, **key).reshape(b, n, heads, head_dim)
     v = linear(x, **value).reshape(b, n, heads, head_dim)
-    # The fused kernel needs bfloat16 and an NVIDIA GPU, Ampere or later, which we assume.
-    on_nvidia = "NVIDIA" in jax.devices()[0].device_kind
-    if on_nvidia and x.dtype == jnp.bfloat16 and not return_weights:
+    # The fused kernel needs bfloat16 and an NVIDIA GPU of compute capability 8 (Ampere) or more.
+    device = jax.devices()[0]
+    has_kernel = "NVIDIA" in device.device_kind and float(device.compute_capability) >= 8
+    if has_kernel and x.dtype == jnp.bfloat16 and not return_weights:
         y, weights = fused_attention(q, k, v), None
     else:
         q, k, v = q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, A, N, E]
@@ -470,7 +471,8 @@ POOL = ThreadPoolExecutor(os.cpu_count())  # reads images: Pillow does its work 
 def to_array(image, size, box=None):
     """A Pillow image, or a box of it, squeezed into a square: uint8 [size, size, 3].
 
-    Interpolation is bilinear; where an image shrinks, all its pixels are averaged.
+    Interpolation is bilinear. Where an image shrinks, all its pixels are averaged; the release then
+    uses only the nearest four.
     """
     return np.asarray(image.resize((size, size), BILINEAR, box))
 
@@ -641,6 +643,7 @@ def train(options, data):
     was never stopped (checked on CPUs). Raises BadInput for options that do not fit each other, the
     data or the checkpoint, for data that cannot be read, and for a loss that is not finite.
     """
+    require(len(data["train"]), "there are no images for training, only for --eval_only")
     positions = batch_positions(options.batch_size, options.accum_steps)
     can_mix = positions.shape[-1] > 1 or not options.mixup_alpha
     require(can_mix, "--mixup_alpha needs two images at a time on each device: lower --accum_steps")
@@ -939,9 +942,9 @@ def from_timm(arrays):
     has in SIZES, or D/64 if there is none. Raises BadInput for a name that is not in TIMM, because
     then it is another kind of model.
 
-    DeiT, DINO and other models of timm were trained with the exact GELU. It differs from the one in
-    `mlp` by at most 4.7e-4; with random weights that changed logits by at most 1.6e-4 of the
-    largest logit.
+    DeiT, DINO and other models of timm were trained with pixels scaled to ImageNet's mean and
+    deviation, not as in `to_pixels`: fine-tune them before you use them. Their GELU is the exact
+    one, which differs from that in `mlp` by at most 4.7e-4.
     """
     width = arrays["cls_token"].shape[-1]
     heads = {d: a for d, _, a in SIZES.values()}.get(width, width // 64)
@@ -975,7 +978,10 @@ def read_arrays(path):
         if not start.startswith(b"PK"):
             return from_timm(read_safetensors(path))
         with np.load(path) as file:
-            return dict(file)
+            arrays = dict(file)
+        is_npz = all(isinstance(array, np.ndarray) for array in arrays.values())
+        require(is_npz, "it is a zip of other files, such as PyTorch's")
+        return arrays
     except Exception as error:  # damaged bytes raise a dozen types in zipfile, zlib, NumPy, json
         what = f"{path}, beginning with {start}, cannot be read as .npz or timm's .safetensors"
         raise BadInput(f"{what} ({str(error)[:200]})") from error
@@ -1167,7 +1173,7 @@ def identity_of(options, data):
     """
     free = PER_HOST + MAY_CHANGE
     identity = {name: value for name, value in vars(options).items() if name not in free}
-    identity |= {"data": data.get("name"), "classes": [*data["classes"]]}
+    identity |= {"data": data.get("name"), "classes": np.asarray(data["classes"]).tolist()}
     counts = {f"number of {split} images": len(data[split]) for split in ("train", "test")}
     return identity | counts
 
@@ -1212,15 +1218,18 @@ def resume(path, identity):
     run = json.loads(str(arrays["train/run"]))
     for name, value in identity.items():
         was = run["identity"].get(name)
-        change = f"{path} belongs to another run: its {name} was {was}, not {value}"
-        require(was == value, f"{change}; choose another --logdir")
+        change = f"its {name} was {str(was)[:200]}, not {str(value)[:200]}"
+        require(was == value, f"{path} is of another run, choose another --logdir: {change}")
     params = to_params(arrays, path)
+
+    def restore(place, leaf):
+        name = MOMENTUM + leaf_name(place)
+        require(name in arrays, f"{path} has no {name}: it was saved with another optimizer")
+        return arrays[name].astype(leaf.dtype)
+
     # The file has the values of momentum. eval_shape gives its structure, and its dtypes, which are
     # those of sgd_init, without computing anything.
-    momentum = jax.tree.map_with_path(
-        lambda place, leaf: arrays[MOMENTUM + leaf_name(place)].astype(leaf.dtype),
-        jax.eval_shape(sgd_init, params),
-    )
+    momentum = jax.tree.map_with_path(restore, jax.eval_shape(sgd_init, params))
     state = {"params": params, "momentum": momentum, "step": np.int32(arrays["train/step"])}
     return state, run["rows"]
 
@@ -1350,27 +1359,30 @@ def cifar(name, options):
 def image_folder(root):
     """Images in folders {train,test}/CLASS; for test there may be val or validation instead.
 
-    If there is no folder train, images are in folders CLASS, and every tenth is for testing. Links
-    are followed, hidden files ignored. Raises BadInput.
+    Below CLASS there may be more folders. If there is no folder train, images are in folders CLASS
+    itself, and every tenth is for testing. Links are followed, hidden files ignored. Raises
+    BadInput.
     """
     kinds = Image.registered_extensions()  # {".jpg": "JPEG", ...}
 
-    def find(folder):  # [(class, path)]
-        names = sorted(glob.glob("*/**", root_dir=f"{root}/{folder}", recursive=True))
+    def find(folder, pattern="*/**"):  # [(class, path)]
+        names = sorted(glob.glob(pattern, root_dir=f"{root}/{folder}", recursive=True))
         images = [name for name in names if kinds.get(Path(name).suffix.lower()) in FORMATS]
         return [(Path(name).parts[0], f"{root}/{folder}/{name}") for name in images]
 
     if os.path.isdir(f"{root}/train"):
         train, test = find("train"), find("test") or find("val") or find("validation")
     else:
-        images = find(".")
+        images = find(".", "*/*")
         train, test = [x for i, x in enumerate(images) if i % 10], images[::10]
     classes, tested = (sorted({name for name, _ in items}) for items in (train, test))
     require(
-        len(classes) > 1 and tested and {*tested} <= {*classes},
+        len(classes) > 1 and tested,
         f"{root} needs two or more classes, in {{train,test}}/CLASS/*.jpg (png, webp, ...) or in "
         f"CLASS/*.jpg, but has {classes[:9]} for training and {tested[:9]} for testing",
     )
+    unknown = sorted({*tested} - {*classes})
+    require(not unknown, f"{root} has images of {unknown[:9]} for testing, but none for training")
 
     def read(item):
         name, path = item
@@ -1387,12 +1399,13 @@ def tfds_dataset(name, options):
     import tensorflow_datasets as tfds  # only here: importing it takes longer than JAX
 
     logging.getLogger("absl").setLevel(logging.ERROR)  # it warns of folders that TFDS itself made
-    where = {"data_dir": os.path.expanduser(options.data_dir), "file_format": "array_record"}
+    data_dir = os.path.expanduser(options.data_dir)
     try:
-        builder = tfds.builder(name, **where)
+        builder = tfds.builder(name, data_dir=data_dir)
     except (ValueError, AssertionError) as error:
         why = str(error).partition("\n")[0]
         raise BadInput(f"{name} is not a file, a folder or a dataset: {why}") from error
+    where = {"data_dir": data_dir, "file_format": "array_record"}
     command = f"t.builder('{name}', **{where}).download_and_prepare()"
     run = f'python -c "import tensorflow_datasets as t; {command}"'
     require(builder.is_prepared(), f"{name} must be prepared, once, with TensorFlow: {run}")
@@ -1401,7 +1414,10 @@ def tfds_dataset(name, options):
     require(classes and "image" in features, f"{name} is not for image classification")
 
     def source(split):
-        return builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+        try:
+            return builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+        except NotImplementedError as error:  # it was prepared in another format
+            raise BadInput(f"{name}: {error}") from error
 
     def read(example):
         return decode(io.BytesIO(example["image"]), f"in {name}"), int(example["label"])
@@ -1411,7 +1427,8 @@ def tfds_dataset(name, options):
     train, test = ("train", has_labels[0]) if has_labels else ("train[:90%]", "train[90%:]")
     if builder.name == "imagenet2012":  # as in the release
         train = "train[:99%]"
-    return {"classes": classes, "train": source(train), "test": source(test), "read": read}
+    train = source(train) if "train" in splits else []
+    return {"classes": classes, "train": train, "test": source(test), "read": read}
 
 
 def load_data(name, options):
@@ -1425,6 +1442,8 @@ def load_data(name, options):
         data, name = image_folder(name), os.path.abspath(name)
     else:
         data = tfds_dataset(name, options)
+    train, test, classes = (len(data[part]) for part in ("train", "test", "classes"))
+    say(f"{name}: {train} images for training and {test} for testing, of {classes} classes")
     return data | {"name": name}
 
 
@@ -1450,8 +1469,8 @@ def attention_rollout(weights):
 def classify(options, photos):
     """Prints the five most likely classes of each photo, and writes PHOTO-attention.png.
 
-    The picture has the photo on the left, and on the right the photo again, dark where the class
-    token does not attend. Raises BadInput.
+    The picture, in the current folder, has the photo on the left, and on the right the photo again,
+    dark where the class token does not attend. Raises BadInput.
     """
     params, names = load_pretrained(options, fine_tuned=True)
     count = num_classes_of(params)
@@ -1466,14 +1485,16 @@ def classify(options, photos):
         image = decode(photo, photo)
         pixels = to_pixels(to_array(image, image_size_of(params)), options.dtype)
         logits, weights = model(params, pixels[None])
-        brightness = 0.1 + 0.9 * attention_rollout(np.asarray(weights))[0]
-        mask = Image.fromarray((255 * brightness).astype(np.uint8)).resize(image.size, BILINEAR)
-        attended = Image.composite(image, Image.new("RGB", image.size), mask)
-        Image.fromarray(np.hstack([image, attended])).save(f"{photo}-attention.png")
-        say(f"{photo} (see {photo}-attention.png)")
+        say(photo)
         probabilities = np.asarray(jax.nn.softmax(logits[0]))
         for label in probabilities.argsort()[::-1][:5]:
             say(f"{probabilities[label]:8.2%}  {names[label] if names is not None else label}")
+        brightness = 0.1 + 0.9 * attention_rollout(np.asarray(weights))[0]
+        mask = Image.fromarray((255 * brightness).astype(np.uint8)).resize(image.size, BILINEAR)
+        attended = Image.composite(image, Image.new("RGB", image.size), mask)
+        picture = f"{Path(photo).name}-attention.png"
+        Image.fromarray(np.hstack([image, attended])).save(picture)
+        say(f"where it looked: {picture}")
 
 
 # --------------------------------------------------------------------------------- 12. Command line
@@ -1526,15 +1547,14 @@ def parse_options(argv):
     paths = flags.pop("data")
     photos = paths if all(map(os.path.isfile, paths)) else []
     require(photos or len(paths) == 1, f"of {' '.join(paths)}, not all are image files")
-    # "./a/b/" -> "a-b"
-    run_name = paths[0].strip("./").replace("/", "-")
+    run_name = re.sub(r"\W+", "-", paths[0]).strip("-") or "data"  # "./a/b/" -> "a-b"
     flags["logdir"] = os.path.expanduser(flags.get("logdir", f"runs/{run_name}"))
     if photos:
         defaults = {"image_size": 0}
     elif "eval_only" in flags:
         defaults = {"image_size": 0, "pretrained": f"{flags['logdir']}/checkpoint.npz"}
     else:
-        defaults = PRESETS.get(paths[0], {})
+        defaults = PRESETS.get(paths[0].split(":")[0], {})  # "imagenet2012:5.1.0", too
     return paths[0], photos, Options(**(defaults | flags))
 
 
@@ -1574,7 +1594,7 @@ def main(argv=None):
         return 0
     except KeyboardInterrupt:
         status, line = 130, "stopped; a training run resumes from its last evaluation"
-    except (BadInput, OSError, ImportError) as error:
+    except (BadInput, OSError, ImportError, MemoryError) as error:
         status, line = 2, str(error)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
