@@ -1219,7 +1219,7 @@ def resume(path, identity):
     for name, value in identity.items():
         was = run["identity"].get(name)
         change = f"its {name} was {str(was)[:200]}, not {str(value)[:200]}"
-        require(was == value, f"{path} is of another run, choose another --logdir: {change}")
+        require(was == value, f"{path} belongs to another run, choose another --logdir: {change}")
     params = to_params(arrays, path)
 
     def restore(place, leaf):
