@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["jax>=0.8.1", "jaxlib>=0.8.1", "numpy>=2.0", "pillow>=10.1",
+# dependencies = ["jax>=0.8.2", "jaxlib>=0.8.2", "numpy>=2.0", "pillow>=10.1",
 #                 "tensorflow-datasets>=4.9.10", "importlib_resources"]
 # ///
 """Vision Transformer (ViT) in pure JAX, in one file: the model, its training, its checkpoints.
