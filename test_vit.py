@@ -995,6 +995,9 @@ def test_photos_take_the_weights_that_know_imagenet(run, web):
     web.contents[PHOTOS[1]] = safetensors(timm_arrays())
     noise(20).save("a.png")
     assert run("a.png") and web.asked == PHOTOS
+    other = PHOTOS[1].replace("16_384.orig", "32_384.augreg")  # the authors' has other weights
+    web.contents[other] = web.contents[PHOTOS[1]]
+    assert run("a.png --model=ViT-B_32") and web.asked == [*PHOTOS, other]
 
 
 def test_a_download_that_fails_names_every_address_and_its_reason_and_leaves_no_file(run, web):
