@@ -13,7 +13,7 @@ was published with it, google-research/vision_transformer ("the release"). Run i
     python vit.py cifar10      # fine-tunes the released ViT-B/16 on CIFAR-10
     python vit.py photo.jpg --pretrained=runs/cifar10/checkpoint.npz
 
-Parts 1 to 4 are the lesson. Parts 5 to 10 are what a real program also needs.
+Parts 1 to 4 are the lesson; parts 5 to 10 are what a real program also needs.
 
 Shapes are written with these letters: B images of H x W pixels, patches of P x P pixels, N tokens
 (one for each patch, and the class token) of width D, L blocks, A attention heads of E = D/A
@@ -21,9 +21,9 @@ numbers, M for the width of the MLP, K classes.
 
 A little JAX: a *pytree* is a nest of dicts, lists and tuples with arrays in it, like our
 parameters; `jax.tree.map(f, a, b)` applies f leaf by leaf. A *random key* is random state as a
-value: the same key always gives the same numbers, and `split` and `fold_in` derive new keys from
-it. `jit`, `pmap` and `scan` *trace* a function: they run it once on placeholders to record what it
-computes, and compile the record.
+value: the same key always gives the same numbers; `split` and `fold_in` derive new keys from it.
+`jit`, `pmap` and `scan` *trace* a function: they run it once on placeholders and compile what it
+computes.
 """
 
 import argparse
@@ -151,8 +151,8 @@ def attention(x, query, key, value, out, fused=False):
     query, key, value: kernel [D, A, E] and bias [A, E]; out: kernel [A, E, D] and bias [D]. The
     weights, float32 [B, A, N, N], say how much each token (row) attends to each (column).
 
-    fused: one kernel of cuDNN computes it all and never writes the N x N weights to memory, so they
-    are returned as None. It needs bfloat16 and an NVIDIA GPU, Ampere or later.
+    fused: one kernel of cuDNN computes it all and never writes the weights to memory, so they are
+    returned as None. It needs bfloat16 and an NVIDIA GPU, Ampere or later.
     """
     q = linear(x, **query)  # [B, N, D] -> [B, N, A, E]
     k = linear(x, **key)
@@ -208,8 +208,7 @@ def forward(params, images, dropout_key=None, dropout_rate=0.0, remat=False, fus
 
     ViT-B/16 at 384 pixels cuts an image into 24 x 24 = 576 patches, and so has N = 577 tokens of
     D = 768 numbers, L = 12 blocks, and A = 12 heads of E = 64: all this is read off the shapes of
-    params. Activations have the dtype of images, float32 or bfloat16. A dropout_key turns dropout
-    on. For remat, see below; for fused, see `attention`. Raises TypeError as `embed` does.
+    params. Activations have the dtype of images, float32 or bfloat16. Raises TypeError as `embed`.
     """
     blocks = params["Transformer"]["encoderblock"]  # of all L blocks: [L, ...]
     input_key, block_keys = None, None  # None is a pytree without leaves: scan passes it through
@@ -233,8 +232,8 @@ def forward(params, images, dropout_key=None, dropout_rate=0.0, remat=False, fus
     policies = jax.checkpoint_policies
     policy = policies.nothing_saveable if remat else policies.dots_with_no_batch_dims_saveable
     apply_block = jax.checkpoint(apply_block, policy=policy, prevent_cse=False)
-    # scan applies it to slice after slice of the stacked blocks, carrying x along. A Python loop
-    # would do the same, but XLA would have to compile every block by itself.
+    # scan applies it to slice after slice of the stacked blocks and carries x along. In a Python
+    # loop, XLA would have to compile every block by itself.
     x, _ = jax.lax.scan(apply_block, x, (blocks, block_keys))
     return head(params, x)
 
@@ -355,9 +354,9 @@ def train_step(state, images, labels, options):
     images: uint8 [local devices, accum_steps, B, H, W, 3]; labels: int32 [local devices,
     accum_steps, B]. Inside, the axis of devices is gone. options: the flags of part 5.
 
-    Random numbers depend on seed and step alone: mixup_key, dropout_key = split(fold_in(key(seed),
-    step)). Only `pmean` communicates: it averages loss and gradients over all devices of all hosts,
-    so every device computes the same new state.
+    Random keys: mixup_key, dropout_key = split(fold_in(key(seed), step)). Only `pmean`
+    it averages loss and gradients over all devices of all hosts, so that every device computes the
+    same new state.
     """
     params, step = state["params"], state["step"]
     step_key = jax.random.fold_in(jax.random.key(options.seed), step)
@@ -396,8 +395,7 @@ def train_step(state, images, labels, options):
 def eval_step(params, images, labels, options):
     """The number of correctly classified images, over all devices: int32 [].
 
-    images: uint8 [local devices, B, H, W, 3]; labels: int32 [local devices, B]. Inside, the axis of
-    devices is gone.
+    images: uint8 [local devices, B, H, W, 3]; labels: int32 [local devices, B].
     """
     logits = forward(params, to_pixels(images, options.dtype), fused=options.fused_attention)
     return jax.lax.psum((logits.argmax(axis=-1) == labels).sum(), "devices")
@@ -463,7 +461,7 @@ def epoch_order(seed, epoch, count):
 def training_example(data, options, image_size, index):
     """Training example number index = step * batch size + place in the batch.
 
-    Returns (uint8 [image_size, image_size, 3], label). They depend on nothing but the arguments, so
+    Returns (uint8 [image_size, image_size, 3], label), which depend on nothing but the arguments, so
     a resumed run sees the same examples. Raises BadInput for a label not from 0 to K - 1.
     """
     epoch, place = divmod(index, len(data["train"]))
@@ -537,12 +535,12 @@ def evaluate(params, data, options):
 def train(options, data):
     """Trains on data and returns params as NumPy arrays.
 
-    The first host writes to options.logdir: first_batch.png (the first eight examples) and, after
-    each evaluation, metrics.csv and checkpoint.npz. Stop it however you like (Ctrl-C, kill, a power
-    cut), and call it again: it continues from checkpoint.npz, so that only updates since the last
-    evaluation are done again. With the same options, devices and versions it ends with the same
-    bits as a run that was never stopped (checked on CPUs). Raises BadInput for options that do not
-    fit the data or the checkpoint, data that cannot be read, and a loss that is not finite.
+    The first host writes first_batch.png (the first eight examples) to options.logdir, and after
+    each evaluation metrics.csv and checkpoint.npz. Stop it however you like (Ctrl-C, kill, a power
+    cut), and call it again: it goes on from checkpoint.npz, and with the same options, devices and
+    versions it ends with the same bits as a run that was never stopped (checked on CPUs). Raises
+    BadInput for options that do not fit the data or the checkpoint, for data that cannot be read,
+    and for a loss that is not finite.
     """
     require(len(data["train"]), "there are no images for training, only for --eval_only")
     positions = batch_positions(options.batch_size, options.accum_steps)
@@ -556,9 +554,8 @@ def train(options, data):
         say("this run is complete; metrics.csv has its accuracy, --eval_only tests it again")
     example = functools.partial(training_example, data, options, size)
     if jax.process_index() == 0:
-        first_images = np.hstack([example(i)[0] for i in range(8)])
-        os.makedirs(options.logdir, exist_ok=True)
-        Image.fromarray(first_images).save(f"{options.logdir}/first_batch.png")
+        first_examples = np.hstack([example(i)[0] for i in range(8)])
+        Image.fromarray(first_examples).save(f"{options.logdir}/first_batch.png")
     indices = (step * options.batch_size + positions for step in range(first, total))
     loss = 0.0  # before the first update there is nothing to wait for
     for done, (images, labels) in enumerate(batches(example, indices), first + 1):
@@ -568,8 +565,8 @@ def train(options, data):
             clock = first, time.perf_counter()  # the pace is measured from this update and time on
         previous_loss = loss
         state, loss, rate = train_step(state, images, labels, options)
-        # train_step returns before it has computed anything. Here Python waits for the update
-        # before, so the devices have one update to run and one in the queue, and never more.
+        # train_step returns at once. Waiting for the update before this one keeps one running and
+        # one in the queue.
         jax.block_until_ready(previous_loss)
         log = done % options.log_every == 0 or done == total
         if log or done == first + 1:
@@ -648,7 +645,7 @@ class Options:
 # file -> read_arrays -> {released name: array} -> to_params -> params -> adapt -> other params;
 # params -> save_checkpoint -> file.
 
-# The Hugging Face hub, or what HF_ENDPOINT says: a mirror of it, for all tools that use the hub.
+# The Hugging Face hub, or a mirror of it; all tools of the hub look at HF_ENDPOINT.
 HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
 # The released models, in timm's copy (the authors' own place is closed since February 2026). "orig"
 # are the paper's, "augreg" the later ones of arXiv 2106.10270.
@@ -687,16 +684,14 @@ def fetch(url, data_dir):
     path = Path(data_dir, "downloads", name).expanduser()
     if path.exists():
         return path
-    try:  # a server may be silent for 60 seconds
+    try:
         with urllib.request.urlopen(url, timeout=60) as reply, atomic_write(path) as file:
             bar = {"total": reply.length, "desc": url, "disable": jax.process_index() > 0}
             with tqdm.wrapattr(reply, "read", **bar) as stream:
                 shutil.copyfileobj(stream, file)
             require(not reply.length, f"it was cut off {reply.length} bytes before its end")
-    except Exception as error:  # servers and networks fail in many ways
-        means = {401: ": it needs a login", 404: ": it does not exist"}
-        why = f"{error}{means.get(getattr(error, 'code', 0), '')}"
-        raise BadInput(f"cannot fetch {url} ({why}); by hand, put it at {path}") from error
+    except Exception as error:  # networks fail in many ways; 401: needs a login, 404: is not there
+        raise BadInput(f"cannot fetch {url} ({error}); by hand, put it at {path}") from error
     return path
 
 
@@ -810,9 +805,9 @@ def to_params(arrays, source):
             continue
         require(name in arrays, f"{source} has no {name}")
         array = arrays.pop(name)
-        # The first array with a letter binds it to a size, which all later ones must have.
-        shape = tuple(sizes.setdefault(x, n) for x, n in zip(axes, array.shape, strict=False))
-        fits = array.shape == shape and array.ndim == len(axes)
+        # setdefault: the first array with a letter binds it to a size, which all later ones must have.
+        axis = zip(axes, array.shape, strict=False)
+        fits = array.ndim == len(axes) and all(sizes.setdefault(x, n) == n for x, n in axis)
         require(fits, f"{source}: {name} has the shape {array.shape}, not {axes} as in {sizes}")
         finite = array.dtype.kind == "f" and np.isfinite(array).all()
         require(finite, f"{source}: {name} does not hold finite numbers only")
@@ -894,11 +889,9 @@ def adapt(params, image_size, num_classes=None):
 # own share of the images. Only the first writes; to resume, all must see its --logdir. If one
 # fails, JAX ends the others.
 
-# These options may differ between hosts.
-PER_HOST = {"coordinator_address", "process_id", "logdir", "data_dir"}
-# These may change, as well, when a run is resumed. All others define the run.
-MAY_CHANGE = {"num_processes", "accum_steps", "remat", "fused_attention"}
-MAY_CHANGE |= {"log_every", "eval_every", "eval_only"}
+PER_HOST = {"coordinator_address", "process_id", "logdir", "data_dir"}  # may differ between hosts
+MAY_CHANGE = {"num_processes", "accum_steps", "remat", "fused_attention"}  # when a run is resumed
+MAY_CHANGE |= {"log_every", "eval_every", "eval_only"} | PER_HOST
 
 
 def same_on_all_hosts(values):
@@ -978,13 +971,13 @@ def start_or_resume(options, data):
     """The state to go on from, on all devices, and the run: its definition, its rows of metrics.
 
     They come from checkpoint.npz in options.logdir if it is there. Raises BadInput if that is from
-    a run of another definition. The number of devices and accum_steps may change, but then sums are
-    rounded differently, and dropout and mixup are drawn differently.
+    a run of another definition. (The number of devices and accum_steps may change, but sums are
+    then rounded differently, and dropout and mixup drawn differently.)
     """
     if jax.process_index() == 0:
         claim(options.logdir)
     path, classes = f"{options.logdir}/checkpoint.npz", [*data["classes"]]
-    definition = {k: x for k, x in vars(options).items() if k not in PER_HOST | MAY_CHANGE}
+    definition = {k: x for k, x in vars(options).items() if k not in MAY_CHANGE}
     definition |= {"data": data.get("name"), "classes": classes}
     definition |= {f"number of {x} images": len(data[x]) for x in ("train", "test")}
     same_on_all_hosts(definition)
@@ -1036,7 +1029,7 @@ def draw_digit(i):
 
 
 def decode(file, name):
-    """A path or file object -> Pillow image in RGB, upright, on white. Raises BadInput with name."""
+    """A path or file object -> Pillow image: RGB, upright, on white. Raises BadInput with name."""
     try:
         with Image.open(file, formats=FORMATS & Image.OPEN.keys()) as image:  # old Pillow: no AVIF
             image.load()
@@ -1056,8 +1049,8 @@ def decode(file, name):
 def choose_test_split(name, splits, first_label):
     """The split to test on: the first of four usual names whose labels are not hidden as -1.
 
-    None means that only train is of use; a tenth of it is then for testing. first_label: a function
-    from a split to the label of its first image. Raises BadInput if there is no train, either.
+    None: a tenth of train is for testing. first_label: a function from a split to the label of its
+    first image. Raises BadInput if there is no train, either.
     """
     for split in ("test", "validation", "val", "valid"):
         if split in splits and first_label(split) >= 0:
@@ -1069,8 +1062,8 @@ def choose_test_split(name, splits, first_label):
 def hub_dataset(name, options):
     """A set of the Hugging Face hub: hf://datasets/OWNER/NAME, or hf://datasets/OWNER/NAME/CONFIG.
 
-    Its Parquet files are downloaded, and held in memory. The first column of type Image and the
-    first of type ClassLabel are used. Raises BadInput if the hub has no such images.
+    Its Parquet files are downloaded and held in memory; the first column of type Image and the first
+    of type ClassLabel are used. Raises BadInput if there are none.
     """
     import pyarrow.parquet as pq
 
@@ -1229,8 +1222,8 @@ def forward_with_rollout(params, image):
 def classify(options, photos):
     """Prints the five most likely classes of each photo, and writes PHOTO-attention.png.
 
-    The picture, in the current folder, shows the photo twice, the second time darkened where the
-    class token does not look. Raises BadInput for what cannot be read.
+    The picture, in the current folder, has the photo on the left, and on the right the same, darkened
+    where the class token does not look. Raises BadInput for what cannot be read.
     """
     path = pretrained_file(options, fine_tuned=True)
     arrays = read_arrays(path)
@@ -1251,8 +1244,7 @@ def classify(options, photos):
         say(f"{photo}, and where the model looked: {picture}")
         for label in probabilities.argsort()[::-1][:5]:
             say(f"{probabilities[label]:8.2%}  {names[label]}")
-        mask = Image.fromarray((255 * (0.1 + 0.9 * light)).astype(np.uint8))
-        mask = mask.resize(image.size, BILINEAR)
+        mask = Image.fromarray((26 + 229 * light).astype(np.uint8)).resize(image.size, BILINEAR)
         attended = Image.composite(image, Image.new("RGB", image.size), mask)
         Image.fromarray(np.hstack([image, attended])).save(picture)
 
@@ -1282,17 +1274,15 @@ def parse_options(argv=None):
     Flags count more than the preset of DATA, and that more than the defaults of Options. Raises
     BadInput; for a flag that it cannot read, argparse exits with 2.
     """
-    parser = argparse.ArgumentParser(
-        "vit.py", "vit.py [DATA] [--FLAG=VALUE ...]", allow_abbrev=False
-    )
+    usage, absent = "vit.py [DATA] [--FLAG=VALUE ...]", argparse.SUPPRESS  # if it is not given
+    parser = argparse.ArgumentParser(usage=usage, allow_abbrev=False, argument_default=absent)
     text = (
         "digits (default), cifar10, cifar100, hf://datasets/OWNER/NAME, a folder of CLASS/*.jpg, "
     )
     parser.add_argument("data", nargs="*", default=["digits"], help=text + "a TFDS set, or photos")
     for field in dataclasses.fields(Options):
         kind = {"action": "store_true"} if field.type is bool else {"type": field.type}
-        # SUPPRESS: the result has only the flags that were given.
-        parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, **kind, **field.metadata)
+        parser.add_argument(f"--{field.name}", **kind, **field.metadata)
     flags = vars(parser.parse_intermixed_args(argv))
     paths = flags.pop("data")
     photos = paths if all(map(os.path.isfile, paths)) else []
