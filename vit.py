@@ -133,15 +133,12 @@ def dropout(x, dropout_key, rate):
 
 
 def patch_embedding(images, kernel, bias):
-    """Cuts images into patches and projects each (paper, eq. 1): [B, H, W, 3] -> [B, N-1, D].
-
-    kernel: [P, P, 3, D], bias: [D]; H and W are multiples of P. It is a convolution of stride P.
-    """
+    """Cuts out P x P patches and projects each (paper, eq. 1): [B, H, W, 3] -> [B, N-1, D]."""
     b, h, w, c = images.shape
-    patch = kernel.shape[0]
+    patch = kernel.shape[0]  # of [P, P, 3, D]; H and W are multiples of P
     x = images.reshape(b, h // patch, patch, w // patch, patch, c)  # rows and columns of patches
     x = x.transpose(0, 1, 3, 2, 4, 5)  # [B, H/P, W/P, P, P, 3]
-    x = linear(x, kernel, bias)  # [B, H/P, W/P, D]
+    x = linear(x, kernel, bias)  # [B, H/P, W/P, D], as by a convolution of stride P
     return x.reshape(b, -1, bias.size)  # [B, N-1, D]
 
 
@@ -185,10 +182,7 @@ def encoder_block(x, block, dropout_key=None, dropout_rate=0.0, fused=False):
 
 
 def embed(params, images):
-    """Images as tokens (paper, eq. 1): pixels [B, H, W, 3] in [-1, 1] -> [B, N, D].
-
-    Raises TypeError if the number of patches does not fit the position embeddings.
-    """
+    """Pixels [B, H, W, 3] in [-1, 1] -> tokens [B, N, D] with positions (paper, eq. 1)."""
     x = patch_embedding(images, **params["embedding"])  # [B, N-1, D]
     cls = jnp.repeat(params["cls"].astype(x.dtype), len(images), axis=0)  # [B, 1, D]
     x = jnp.concatenate([cls, x], axis=1)  # [B, N, D]
@@ -208,7 +202,8 @@ def forward(params, images, dropout_key=None, dropout_rate=0.0, remat=False, fus
 
     ViT-B/16 at 384 pixels cuts an image into 24 x 24 = 576 patches, and so has N = 577 tokens of
     D = 768 numbers, L = 12 blocks, and A = 12 heads of E = 64: all this is read off the shapes of
-    params. Activations have the dtype of images, float32 or bfloat16. Raises TypeError as `embed`.
+    params. Activations have the dtype of images, float32 or bfloat16. With a dropout_key, dropout
+    is on. Raises TypeError if the number of patches does not fit the position embeddings.
     """
     blocks = params["Transformer"]["encoderblock"]  # of all L blocks: [L, ...]
     input_key, block_keys = None, None  # None is a pytree without leaves: scan passes it through
@@ -252,13 +247,10 @@ def nest(arrays):
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def init_params(key, model, image_size, num_classes):
-    """Random parameters to train from scratch, as in the release: a nested dict of float32 arrays.
-
-    model: a name like "ViT-B_16"; image_size in pixels, rounded down to whole patches.
-    """
+    """Random params of a model like "ViT-B_16", as in the release: a nested dict of float32."""
     size, patch = model.removeprefix("ViT-").split("_")
     d, depth, heads = SIZES[size]
-    grid = image_size // int(patch)
+    grid = image_size // int(patch)  # in pixels; what is left is not used
     sizes = {"1": 1, "3": 3, "P": int(patch), "N": 1 + grid * grid, "D": d, "L": depth}
     sizes |= {"A": heads, "E": d // heads, "M": 4 * d, "K": num_classes}
     table = dict(PARAMETERS)
@@ -354,9 +346,8 @@ def train_step(state, images, labels, options):
     images: uint8 [local devices, accum_steps, B, H, W, 3]; labels: int32 [local devices,
     accum_steps, B]. Inside, the axis of devices is gone. options: the flags of part 5.
 
-    Random keys: mixup_key, dropout_key = split(fold_in(key(seed), step)). Only `pmean`
-    it averages loss and gradients over all devices of all hosts, so that every device computes the
-    same new state.
+    Keys: mixup_key, dropout_key = split(fold_in(key(seed), step)). Only `pmean` communicates: it
+    averages loss and gradients over the devices of all hosts, so all compute the same state.
     """
     params, step = state["params"], state["step"]
     step_key = jax.random.fold_in(jax.random.key(options.seed), step)
@@ -393,10 +384,7 @@ def train_step(state, images, labels, options):
 
 @on_all_devices
 def eval_step(params, images, labels, options):
-    """The number of correctly classified images, over all devices: int32 [].
-
-    images: uint8 [local devices, B, H, W, 3]; labels: int32 [local devices, B].
-    """
+    """How many of uint8 images [local devices, B, H, W, 3] are what labels say: int32 []."""
     logits = forward(params, to_pixels(images, options.dtype), fused=options.fused_attention)
     return jax.lax.psum((logits.argmax(axis=-1) == labels).sum(), "devices")
 
@@ -438,9 +426,8 @@ def to_array(image, size, box=None):
 def inception_crop(rng, width, height):
     """A random box (left, upper, right, lower) in pixels, drawn as TensorFlow does for the release.
 
-    The aspect ratio w / h is uniform from 3/4 to 1.33. Then h is uniform among the whole numbers
-    from 5 % of the area to all that fits. Offsets are below width - w and height - h: TensorFlow
-    never uses the last place.
+    The aspect ratio w / h is uniform from 3/4 to 1.33, and then h among the whole numbers that give
+    5 % of the area or more, and fit. TensorFlow never uses the last place in a row or column.
     """
     aspect = rng.uniform(3 / 4, 1.33)
     largest = min(height, int((width + 0.5) / aspect))  # round(largest * aspect) <= width
@@ -461,8 +448,8 @@ def epoch_order(seed, epoch, count):
 def training_example(data, options, image_size, index):
     """Training example number index = step * batch size + place in the batch.
 
-    Returns (uint8 [image_size, image_size, 3], label), which depend on nothing but the arguments, so
-    a resumed run sees the same examples. Raises BadInput for a label not from 0 to K - 1.
+    Returns (uint8 [image_size, image_size, 3], label). They depend on nothing but the arguments, so
+    a resumed run sees the same. Raises BadInput for a label not from 0 to K - 1.
     """
     epoch, place = divmod(index, len(data["train"]))
     item = data["train"][epoch_order(options.seed, epoch, len(data["train"]))[place]]
@@ -478,8 +465,7 @@ def training_example(data, options, image_size, index):
 def batch_positions(batch_size, accum_steps=1):
     """Which examples of a batch this host reads: int [local devices, accum_steps, B].
 
-    On one host with 2 devices, a batch of 8 in 2 micro-batches: [[[0 1] [2 3]] [[4 5] [6 7]]].
-    Raises BadInput if the batch cannot be divided.
+    One host with 2 devices has of a batch of 8 in 2 micro-batches [[[0 1] [2 3]] [[4 5] [6 7]]].
     """
     hosts, devices = jax.process_count(), jax.local_device_count()
     parts = f"{hosts * devices} devices x --accum_steps={accum_steps}"
@@ -696,13 +682,10 @@ def fetch(url, data_dir):
 
 
 def pretrained_file(options, fine_tuned=False):
-    """The file that --pretrained names, downloaded if it is an address. Raises BadInput.
-
-    fine_tuned: "released" then is the model that was also fine-tuned on ImageNet.
-    """
+    """The path of what --pretrained names, after a download if need be. Raises BadInput."""
     path = os.path.expanduser(options.pretrained)
     if path == "released":
-        name = RELEASED.get(options.model, (None, None))[fine_tuned]
+        name = RELEASED.get(options.model, (None, None))[fine_tuned]  # one of the two columns
         require(name, f"--model={options.model} was not released; see RELEASED in vit.py")
         path = f"{HUB}/timm/vit_{name}/resolve/main/model.safetensors"
     return fetch(path, options.data_dir) if re.match("https?://", path) else path
@@ -745,7 +728,6 @@ def from_timm(arrays):
     A file does not say how many heads there are, so its width D must be in SIZES; a model with this
     width and other heads cannot be told from it. timm's GELU is the exact one, at most 4.7e-4 from
     ours. DeiT and DINO want pixels scaled in another way than by `to_pixels`: fine-tune them first.
-    Raises BadInput if the heads cannot be known.
     """
     known = "cls_token" in arrays
     require(known, "it has no cls_token; of models with transformers' names timm has copies")
@@ -771,10 +753,7 @@ def from_timm(arrays):
 
 
 def read_arrays(path):
-    """{released name: array} of an .npz, or of timm's .safetensors; its first bytes tell which.
-
-    Nothing is unpickled, and arrays of an .npz have to match their CRC-32. Raises BadInput.
-    """
+    """{released name: array} of an .npz, or of timm's .safetensors. Raises BadInput."""
     try:
         with open(path, "rb") as file:
             is_npz = file.read(2) == b"PK"
@@ -782,7 +761,7 @@ def read_arrays(path):
             return from_timm(read_safetensors(path))
         arrays = {}
         with zipfile.ZipFile(path) as archive:
-            for name in archive.namelist():
+            for name in archive.namelist():  # read() checks the CRC-32, before NumPy sees the bytes
                 arrays[name.removesuffix(".npy")] = np.load(io.BytesIO(archive.read(name)))
         return arrays
     except Exception as error:  # damaged bytes raise a dozen types in zipfile, zlib, NumPy, json
@@ -805,7 +784,7 @@ def to_params(arrays, source):
             continue
         require(name in arrays, f"{source} has no {name}")
         array = arrays.pop(name)
-        # setdefault: the first array with a letter binds it to a size, which all later ones must have.
+        # The first array with a letter binds it to a size, and all later ones must agree.
         axis = zip(axes, array.shape, strict=False)
         fits = array.ndim == len(axes) and all(sizes.setdefault(x, n) == n for x, n in axis)
         require(fits, f"{source}: {name} has the shape {array.shape}, not {axes} as in {sizes}")
@@ -936,8 +915,7 @@ def claim(logdir):
         file = os.open(f"{logdir}/lock", os.O_CREAT | os.O_RDWR)
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
-        message = f"another process is training in {logdir}: choose another --logdir"
-        raise BadInput(message) from error
+        raise BadInput(f"another process trains in {logdir}: choose another --logdir") from error
     except (ImportError, OSError):
         pass  # Windows and some network file systems have no such locks
 
@@ -958,21 +936,22 @@ def saved_state(arrays, path):
     """The state in the arrays of a run's checkpoint. Raises BadInput for another optimizer's."""
     params = to_params(arrays, path)
     fresh = sgd_init(params)  # the structure and dtypes of momentum; the values are in the file
-    momentum = []
-    for name, leaf in flatten(fresh).items():
-        saved = arrays.get(f"train/momentum/{name}")
-        require(saved is not None, f"{path} is of another optimizer: it has no momentum {name}")
-        momentum.append(saved.astype(leaf.dtype))
-    momentum = jax.tree.unflatten(jax.tree.structure(fresh), momentum)
+    names = [f"train/momentum/{name}" for name in flatten(fresh)]
+    missing = [name for name in names if name not in arrays]
+    require(not missing, f"{path} was saved with another optimizer: it has no {missing[:3]}")
+    saved = [
+        arrays[name].astype(x.dtype) for name, x in zip(names, jax.tree.leaves(fresh), strict=True)
+    ]
+    momentum = jax.tree.unflatten(jax.tree.structure(fresh), saved)
     return {"params": params, "momentum": momentum, "step": np.int32(arrays["train/step"])}
 
 
 def start_or_resume(options, data):
     """The state to go on from, on all devices, and the run: its definition, its rows of metrics.
 
-    They come from checkpoint.npz in options.logdir if it is there. Raises BadInput if that is from
-    a run of another definition. (The number of devices and accum_steps may change, but sums are
-    then rounded differently, and dropout and mixup drawn differently.)
+    They come from checkpoint.npz in options.logdir if it is there. Raises BadInput if it is of
+    another run. With another number of devices or accum_steps, sums are rounded in another order,
+    and dropout and mixup are drawn anew.
     """
     if jax.process_index() == 0:
         claim(options.logdir)
@@ -1049,8 +1028,7 @@ def decode(file, name):
 def choose_test_split(name, splits, first_label):
     """The split to test on: the first of four usual names whose labels are not hidden as -1.
 
-    None: a tenth of train is for testing. first_label: a function from a split to the label of its
-    first image. Raises BadInput if there is no train, either.
+    None: a tenth of train. first_label: a function from a split to the label of its first image.
     """
     for split in ("test", "validation", "val", "valid"):
         if split in splits and first_label(split) >= 0:
@@ -1062,8 +1040,8 @@ def choose_test_split(name, splits, first_label):
 def hub_dataset(name, options):
     """A set of the Hugging Face hub: hf://datasets/OWNER/NAME, or hf://datasets/OWNER/NAME/CONFIG.
 
-    Its Parquet files are downloaded and held in memory; the first column of type Image and the first
-    of type ClassLabel are used. Raises BadInput if there are none.
+    Its Parquet files are downloaded and held in memory. Their first columns of the types Image and
+    ClassLabel are used. Raises BadInput if the hub has no such set.
     """
     import pyarrow.parquet as pq
 
@@ -1107,10 +1085,7 @@ def hub_dataset(name, options):
 
 
 def image_folder(root):
-    """Images in {train,test|val}/CLASS, or in CLASS with every tenth for testing.
-
-    Raises BadInput for less than two classes, or test images of a class without training images.
-    """
+    """Images in {train,test|val}/CLASS, or CLASS with every tenth for test. Raises BadInput."""
     passed_over = collections.Counter()
 
     def find(folder):  # [(class, path)]
@@ -1222,18 +1197,16 @@ def forward_with_rollout(params, image):
 def classify(options, photos):
     """Prints the five most likely classes of each photo, and writes PHOTO-attention.png.
 
-    The picture, in the current folder, has the photo on the left, and on the right the same, darkened
-    where the class token does not look. Raises BadInput for what cannot be read.
+    That is the photo beside the same photo, darkened where the class token does not look. It lies
+    in the current folder. Raises BadInput for what cannot be read.
     """
     path = pretrained_file(options, fine_tuned=True)
     arrays = read_arrays(path)
-    params, names = to_params(arrays, path), arrays.get("class_names")
-    require("head" in params, f"{path} has no head: fine-tune it first")
-    count = params["head"]["bias"].size
-    if names is None and count == 1000:  # then we assume that they are ImageNet's
+    require("head/bias" in arrays, f"{path} has no head: fine-tune it first")
+    params, count = to_params(arrays, path), arrays["head/bias"].size
+    names = arrays.get("class_names", range(count))
+    if count == 1000 and "class_names" not in arrays:  # then we assume that they are ImageNet's
         from tensorflow_datasets.datasets.siscore.labels import IMAGENET_LABELS_LIST as names
-    elif names is None:
-        names = range(count)
     params = jax.device_put(adapt(params, options.image_size))
     for photo in photos:
         image = decode(photo, photo)
@@ -1251,29 +1224,14 @@ def classify(options, photos):
 
 # ------------------------------------------------------------------------------- 10. Command line
 
-PRESETS = {  # defaults of some datasets
-    "digits": {
-        "model": "ViT-XS_8",
-        "pretrained": "none",
-        "image_size": 32,
-        "augment": "none",
-        "batch_size": 64,
-        "accum_steps": 1,
-        "total_steps": 800,
-        "warmup_steps": 100,
-        "base_lr": 0.1,
-        "log_every": 100,
-    },
-    "imagenet2012": {"total_steps": 20_000},
-}
+DIGITS = {"model": "ViT-XS_8", "pretrained": "none", "image_size": 32, "augment": "none"}
+DIGITS |= {"batch_size": 64, "accum_steps": 1, "base_lr": 0.1}
+DIGITS |= {"total_steps": 800, "warmup_steps": 100, "log_every": 100}
+PRESETS = {"digits": DIGITS, "imagenet2012": {"total_steps": 20_000}}  # come before Options
 
 
 def parse_options(argv=None):
-    """The command line: DATA, a list of photos (empty unless they are given), and Options.
-
-    Flags count more than the preset of DATA, and that more than the defaults of Options. Raises
-    BadInput; for a flag that it cannot read, argparse exits with 2.
-    """
+    """The command line: DATA, a list of photos or [], and Options. Raises BadInput."""
     usage, absent = "vit.py [DATA] [--FLAG=VALUE ...]", argparse.SUPPRESS  # if it is not given
     parser = argparse.ArgumentParser(usage=usage, allow_abbrev=False, argument_default=absent)
     text = (
@@ -1296,10 +1254,7 @@ def parse_options(argv=None):
 
 
 def evaluate_only(options, data):
-    """Tests the run in options.logdir or, if there is none, what --pretrained names.
-
-    Raises BadInput if there is neither, or its classes are not those of data.
-    """
+    """Tests the run in options.logdir or else what --pretrained names. Raises BadInput."""
     path = f"{options.logdir}/checkpoint.npz"
     if not os.path.exists(path):
         require(options.pretrained != "none", f"there is no {path} to test, and --pretrained=none")
