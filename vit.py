@@ -1010,7 +1010,7 @@ def draw_digit(i):
 def decode(file, name):
     """A path or file object -> Pillow image: RGB, upright, on white. Raises BadInput with name."""
     try:
-        with Image.open(file, formats=FORMATS & Image.OPEN.keys()) as image:  # old Pillow: no AVIF
+        with Image.open(file, formats=[*FORMATS & Image.OPEN.keys()]) as image:
             image.load()
             # Modes F and I: floats, and integers of 16 or 32 bits, which Pillow cuts off at 255.
             require(image.mode[0] not in "FI", "save it with 8 bits per channel")
