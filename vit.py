@@ -433,6 +433,8 @@ def inception_crop(rng, width, height):
     largest = min(height, int((width + 0.5) / aspect))  # round(largest * aspect) <= width
     smallest = min(largest, max(1, round(math.sqrt(0.05 * width * height / aspect))))
     h = int(rng.integers(smallest, largest, endpoint=True))
+    if h * round(h * aspect) < 0.05 * width * height:  # rounding has made it too small
+        h = min(largest, h + 1)
     w = round(h * aspect)
     left = int(rng.integers(max(1, width - w)))
     upper = int(rng.integers(max(1, height - h)))
