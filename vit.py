@@ -65,45 +65,45 @@ SIZES = {  # D, L, A: the paper, table 1; Ti and S: arXiv 2106.10270. In all of 
     "L": (1024, 24, 16),
     "H": (1280, 32, 16),
 }
-init = jax.nn.initializers
+initializers = jax.nn.initializers
 # For kernels of L blocks at once: [L, inputs, outputs], [L, D, A, E] and [L, A, E, D].
-xavier = init.xavier_uniform(in_axis=1, out_axis=2, batch_axis=0)
-to_heads = init.xavier_uniform(in_axis=1, out_axis=(2, 3), batch_axis=0)
-from_heads = init.xavier_uniform(in_axis=(1, 2), out_axis=3, batch_axis=0)
+xavier = initializers.xavier_uniform(in_axis=1, out_axis=2, batch_axis=0)
+to_heads = initializers.xavier_uniform(in_axis=1, out_axis=(2, 3), batch_axis=0)
+from_heads = initializers.xavier_uniform(in_axis=(1, 2), out_axis=3, batch_axis=0)
 
 # Every parameter has a name in the released checkpoints. Its row says: a letter for each of its
 # axes (1 and 3 stand for themselves), its initial values (None: only ever loaded), timm's name.
 PARAMETERS = {
-    "embedding/kernel": ("PP3D", init.lecun_normal((0, 1, 2)), "patch_embed.proj.weight"),
-    "embedding/bias": ("D", init.zeros, "patch_embed.proj.bias"),
-    "cls": ("11D", init.zeros, "cls_token"),
-    "Transformer/posembed_input/pos_embedding": ("1ND", init.normal(0.02), "pos_embed"),
-    "Transformer/encoder_norm/scale": ("D", init.ones, "norm.weight"),
-    "Transformer/encoder_norm/bias": ("D", init.zeros, "norm.bias"),
+    "embedding/kernel": ("PP3D", initializers.lecun_normal((0, 1, 2)), "patch_embed.proj.weight"),
+    "embedding/bias": ("D", initializers.zeros, "patch_embed.proj.bias"),
+    "cls": ("11D", initializers.zeros, "cls_token"),
+    "Transformer/posembed_input/pos_embedding": ("1ND", initializers.normal(0.02), "pos_embed"),
+    "Transformer/encoder_norm/scale": ("D", initializers.ones, "norm.weight"),
+    "Transformer/encoder_norm/bias": ("D", initializers.zeros, "norm.bias"),
     "pre_logits/kernel": ("DD", None, None),  # only in ImageNet-21k checkpoints of the paper
     "pre_logits/bias": ("D", None, None),
-    "head/kernel": ("DK", init.zeros, "head.weight"),
-    "head/bias": ("K", init.zeros, "head.bias"),
+    "head/kernel": ("DK", initializers.zeros, "head.weight"),
+    "head/bias": ("K", initializers.zeros, "head.bias"),
 }
 # The same for one encoder block. A checkpoint has these arrays once for each block, in
 # Transformer/encoderblock_0/ and so on. In params they are stacked: [L, ...].
 BLOCK_PARAMETERS = {
-    "LayerNorm_0/scale": ("D", init.ones, "norm1.weight"),
-    "LayerNorm_0/bias": ("D", init.zeros, "norm1.bias"),
+    "LayerNorm_0/scale": ("D", initializers.ones, "norm1.weight"),
+    "LayerNorm_0/bias": ("D", initializers.zeros, "norm1.bias"),
     "MultiHeadDotProductAttention_1/query/kernel": ("DAE", to_heads, "attn.qkv.weight"),
-    "MultiHeadDotProductAttention_1/query/bias": ("AE", init.zeros, "attn.qkv.bias"),
+    "MultiHeadDotProductAttention_1/query/bias": ("AE", initializers.zeros, "attn.qkv.bias"),
     "MultiHeadDotProductAttention_1/key/kernel": ("DAE", to_heads, "attn.qkv.weight"),
-    "MultiHeadDotProductAttention_1/key/bias": ("AE", init.zeros, "attn.qkv.bias"),
+    "MultiHeadDotProductAttention_1/key/bias": ("AE", initializers.zeros, "attn.qkv.bias"),
     "MultiHeadDotProductAttention_1/value/kernel": ("DAE", to_heads, "attn.qkv.weight"),
-    "MultiHeadDotProductAttention_1/value/bias": ("AE", init.zeros, "attn.qkv.bias"),
+    "MultiHeadDotProductAttention_1/value/bias": ("AE", initializers.zeros, "attn.qkv.bias"),
     "MultiHeadDotProductAttention_1/out/kernel": ("AED", from_heads, "attn.proj.weight"),
-    "MultiHeadDotProductAttention_1/out/bias": ("D", init.zeros, "attn.proj.bias"),
-    "LayerNorm_2/scale": ("D", init.ones, "norm2.weight"),
-    "LayerNorm_2/bias": ("D", init.zeros, "norm2.bias"),
+    "MultiHeadDotProductAttention_1/out/bias": ("D", initializers.zeros, "attn.proj.bias"),
+    "LayerNorm_2/scale": ("D", initializers.ones, "norm2.weight"),
+    "LayerNorm_2/bias": ("D", initializers.zeros, "norm2.bias"),
     "MlpBlock_3/Dense_0/kernel": ("DM", xavier, "mlp.fc1.weight"),
-    "MlpBlock_3/Dense_0/bias": ("M", init.normal(1e-6), "mlp.fc1.bias"),
+    "MlpBlock_3/Dense_0/bias": ("M", initializers.normal(1e-6), "mlp.fc1.bias"),
     "MlpBlock_3/Dense_1/kernel": ("MD", xavier, "mlp.fc2.weight"),
-    "MlpBlock_3/Dense_1/bias": ("D", init.normal(1e-6), "mlp.fc2.bias"),
+    "MlpBlock_3/Dense_1/bias": ("D", initializers.normal(1e-6), "mlp.fc2.bias"),
 }
 
 
@@ -206,7 +206,7 @@ def forward(params, images, dropout_key=None, dropout_rate=0.0, remat=False, fus
     is on. Raises TypeError if the number of patches does not fit the position embeddings.
     """
     blocks = params["Transformer"]["encoderblock"]  # of all L blocks: [L, ...]
-    input_key, block_keys = None, None  # None is a pytree without leaves: scan passes it through
+    input_key, block_keys = None, None  # scan slices every leaf; None has none
     if dropout_key is not None:
         keys = jax.random.split(dropout_key, 1 + len(blocks["LayerNorm_0"]["scale"]))
         input_key, block_keys = keys[0], keys[1:]  # [L]
@@ -218,17 +218,18 @@ def forward(params, images, dropout_key=None, dropout_rate=0.0, remat=False, fus
         return x, None
 
     # For the gradient, a block keeps some arrays, and the backward pass computes the rest again:
-    #         | kept                      | computed again
-    #   plain | its input, and x @ kernel | norms, GELU, dropout: cheaper than moving it; attention
-    #         | of each linear layer      | after q, k and v: its N x N numbers are too many
-    #   remat | its input                 | everything: slower, but in the least memory
-    # The policy knows x @ kernel as a product without batch dimensions, axes that both factors
-    # have; q and k have two, images and heads. (prevent_cse is for code outside of a scan.)
+    #         | kept                      | computed again, because
+    #   plain | its input, and x @ kernel | norms, GELU, dropout: that is cheaper than moving them
+    #         | of each linear layer      | attention after q, k, v: its N x N numbers are too many
+    #   remat | its input                 | everything: that takes the least memory
+    # The policy tells products apart by batch dimensions, axes of both factors that the product
+    # keeps. x @ kernel has none; q k^T has two, images and heads. (prevent_cse, which stops XLA
+    # from merging the second computation with the first, is not needed inside a scan.)
     policies = jax.checkpoint_policies
     policy = policies.nothing_saveable if remat else policies.dots_with_no_batch_dims_saveable
     apply_block = jax.checkpoint(apply_block, policy=policy, prevent_cse=False)
-    # scan applies it to slice after slice of the stacked blocks and carries x along. In a Python
-    # loop, XLA would have to compile every block by itself.
+    # scan applies it to slice after slice of the stacked blocks, and carries x along. XLA compiles
+    # one block; in a Python loop it would compile all L.
     x, _ = jax.lax.scan(apply_block, x, (blocks, block_keys))
     return head(params, x)
 
@@ -250,7 +251,7 @@ def init_params(key, model, image_size, num_classes):
     """Random params of a model like "ViT-B_16", as in the release: a nested dict of float32."""
     size, patch = model.removeprefix("ViT-").split("_")
     d, depth, heads = SIZES[size]
-    grid = image_size // int(patch)  # in pixels; what is left is not used
+    grid = image_size // int(patch)  # patches along a side; pixels left over are not used
     sizes = {"1": 1, "3": 3, "P": int(patch), "N": 1 + grid * grid, "D": d, "L": depth}
     sizes |= {"A": heads, "E": d // heads, "M": 4 * d, "K": num_classes}
     table = dict(PARAMETERS)
@@ -318,27 +319,23 @@ def sgd_update(params, momentum, grads, rate, beta=0.9):
 
     As in the release, momentum is rounded to bfloat16 in two places; all else is float32.
     """
-    decayed = jax.tree.map(lambda m: beta * m, momentum)  # to bfloat16 (XLA may leave it float32)
-    new = jax.tree.map(jnp.add, decayed, grads)  # bfloat16 + float32 is float32
+    # beta * m is bfloat16 (but XLA may keep it in float32), the sum with a gradient is float32.
+    new = jax.tree.map(lambda m, g: beta * m + g, momentum, grads)
     params = jax.tree.map(lambda p, m: p - rate * m, params, new)
     return params, jax.tree.map(lambda old, m: m.astype(old.dtype), momentum, new)  # to bfloat16
 
 
 # `pmap` compiles a function once and runs it on all devices at the same time. in_axes says what a
-# device gets of each argument: 0, its own slice along the first axis; None, all of it. With
-# out_axes=None, all devices compute the same result, and Python sees one array. A static argument
-# is a constant for the compiler; a donated one gives its memory to the result. (pmap is built on
-# `shard_map`, which new code can use directly.)
+# device gets of each argument: 0, its own slice along the first axis; None, all of it. By
+# out_axes=None we promise that all devices compute the same result; Python sees one of them. A
+# static argument is a constant for the compiler; a donated one gives its memory to the result.
+# (pmap is built on jit and `shard_map`, which new code can use directly.)
 on_all_devices = functools.partial(
-    jax.pmap,
-    axis_name="devices",
-    in_axes=(None, 0, 0, None),
-    out_axes=None,
-    static_broadcasted_argnums=3,
+    jax.pmap, axis_name="devices", in_axes=(None, 0, 0, None), out_axes=None
 )
 
 
-@functools.partial(on_all_devices, donate_argnums=0)
+@functools.partial(on_all_devices, static_broadcasted_argnums=3, donate_argnums=0)
 def train_step(state, images, labels, options):
     """One update, as each device runs it on its share of the batch: new state, loss, learning rate.
 
@@ -382,9 +379,9 @@ def train_step(state, images, labels, options):
     return {"params": params, "momentum": momentum, "step": step + 1}, loss, rate
 
 
-@on_all_devices
+@functools.partial(on_all_devices, static_broadcasted_argnums=3)
 def eval_step(params, images, labels, options):
-    """How many of uint8 images [local devices, B, H, W, 3] are what labels say: int32 []."""
+    """Counts the uint8 images [local devices, B, H, W, 3] classified as labelled: int32 []."""
     logits = forward(params, to_pixels(images, options.dtype), fused=options.fused_attention)
     return jax.lax.psum((logits.argmax(axis=-1) == labels).sum(), "devices")
 
@@ -396,7 +393,7 @@ def eval_step(params, images, labels, options):
 
 ORDER, CROPS = 0, 1  # two streams of random numbers from one seed
 BILINEAR = Image.Resampling.BILINEAR
-# Pillow does its work in parallel threads, as many as the processors that we may use.
+# Pillow does its work in parallel threads, one for each processor that we may use.
 CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 POOL = ThreadPoolExecutor(CPUS)
 
@@ -419,7 +416,7 @@ def say(line):
 
 def to_array(image, size, box=None):
     """A Pillow image, or a box of it, squeezed into a square: uint8 [size, size, 3]."""
-    # Bilinear; where an image shrinks, its pixels are averaged, other than in the release.
+    # Bilinear; where an image shrinks, its pixels are averaged, unlike in the release.
     return np.asarray(image.resize((size, size), BILINEAR, box))
 
 
@@ -427,7 +424,7 @@ def inception_crop(rng, width, height):
     """A random box (left, upper, right, lower) in pixels, drawn as TensorFlow does for the release.
 
     The aspect ratio w / h is uniform from 3/4 to 1.33, and then h among the whole numbers that give
-    5 % of the area or more, and fit. TensorFlow never uses the last place in a row or column.
+    5 % of the area or more, and fit. The last place in a row or column is never used.
     """
     aspect = rng.uniform(3 / 4, 1.33)
     largest = min(height, int((width + 0.5) / aspect))  # round(largest * aspect) <= width
@@ -469,12 +466,10 @@ def batch_positions(batch_size, accum_steps=1):
 
     One host with 2 devices has of a batch of 8 in 2 micro-batches [[[0 1] [2 3]] [[4 5] [6 7]]].
     """
-    hosts, devices = jax.process_count(), jax.local_device_count()
-    parts = f"{hosts * devices} devices x --accum_steps={accum_steps}"
-    fits = batch_size % (hosts * devices * accum_steps) == 0
-    require(fits, f"--batch_size={batch_size} is not a multiple of {parts}")
-    positions = np.arange(batch_size).reshape(hosts, devices, accum_steps, -1)
-    return positions[jax.process_index()]
+    shape = jax.process_count(), jax.local_device_count(), accum_steps
+    why = f"--batch_size={batch_size} is not a multiple of hosts x devices x --accum_steps {shape}"
+    require(batch_size % math.prod(shape) == 0, why)
+    return np.arange(batch_size).reshape(*shape, -1)[jax.process_index()]
 
 
 def batches(example, indices, ahead=3):
@@ -549,12 +544,12 @@ def train(options, data):
     for done, (images, labels) in enumerate(batches(example, indices), first + 1):
         if done == first + 1:
             say(f"compiling an update of {options.batch_size} images of {size} x {size} pixels ...")
-            train_step.lower(state, images, labels, options).compile()  # JAX keeps it for the call
-            clock = first, time.perf_counter()  # the pace is measured from this update and time on
+            train_step.lower(state, images, labels, options).compile()  # the call below finds it
+            clock = first, time.perf_counter()  # the pace counts from this update and time
         previous_loss = loss
         state, loss, rate = train_step(state, images, labels, options)
-        # train_step returns at once. Waiting for the update before this one keeps one running and
-        # one in the queue.
+        # train_step returns at once, before anything is computed. To wait for the update before
+        # this one keeps the devices busy, and their queue short.
         jax.block_until_ready(previous_loss)
         log = done % options.log_every == 0 or done == total
         if log or done == first + 1:
@@ -568,11 +563,11 @@ def train(options, data):
                 say("no GPU or TPU was found; for a CPU: --model=ViT-Ti_16 --image_size=224")
             if log:
                 run["rows"].append((done, value, rate, speed, ""))
-            clock = done, time.perf_counter()
         if done % options.eval_every == 0 or done == total:
             run["rows"].append((done, "", "", "", evaluate(state["params"], data, options)))
             save_run(options, data, state, run)
-            clock = done, time.perf_counter()
+        if log or done % options.eval_every == 0:
+            clock = done, time.perf_counter()  # evaluations do not count
     return jax.device_get(state["params"])
 
 
@@ -580,13 +575,13 @@ def train(options, data):
 
 
 def option(default, help, **more):
-    """A field of Options: its default, its line in --help, and more that argparse is to know."""
+    """A field of Options: its default, its help text, and further arguments for argparse."""
     return dataclasses.field(default=default, metadata={"help": f"{help} ({default})"} | more)
 
 
-@dataclasses.dataclass(frozen=True)  # and so hashable, as pmap wants static arguments
+@dataclasses.dataclass(frozen=True)  # and so hashable, as static arguments must be
 class Options:
-    """All flags of the command line. Names and defaults are the release's. Raises BadInput."""
+    """All flags, with the release's names and defaults where it has them. Raises BadInput."""
 
     model: str = option("ViT-B_16", "ViT-SIZE_PATCH, if --pretrained is released or none")
     pretrained: str = option("released", "released, none, or a checkpoint's file or address")
@@ -617,8 +612,9 @@ class Options:
     def __post_init__(self):
         from_1 = ("batch_size", "accum_steps", "total_steps", "log_every", "eval_every")
         for name, value in vars(self).items():
-            allowed = isinstance(value, str) or value >= (name in from_1)
-            require(allowed, f"--{name}={value} is too small")
+            smallest = 1 if name in from_1 else 0
+            allowed = isinstance(value, str) or value >= smallest
+            require(allowed, f"--{name}={value} is below {smallest}")
         model = re.fullmatch(rf"ViT-({'|'.join(SIZES)})_[1-9]\d*", self.model)
         require(model, f"--model={self.model} is not like ViT-B_16, with a size of {[*SIZES]}")
         require(self.dropout < 1, f"--dropout={self.dropout} must be below 1")
@@ -635,8 +631,8 @@ class Options:
 
 # The Hugging Face hub, or a mirror of it; all tools of the hub look at HF_ENDPOINT.
 HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-# The released models, in timm's copy (the authors' own place is closed since February 2026). "orig"
-# are the paper's, "augreg" the later ones of arXiv 2106.10270.
+# The released models, in timm's copy (the authors' own place is closed since February 2026): "orig"
+# marks the paper's, "augreg" the later ones of arXiv 2106.10270.
 RELEASED = {
     # pre-trained on ImageNet-21k; then fine-tuned on ImageNet at 384 pixels
     "ViT-Ti_16": ("tiny_patch16_224.augreg_in21k", "tiny_patch16_384.augreg_in21k_ft_in1k"),
@@ -653,7 +649,7 @@ RELEASED = {
 
 @contextlib.contextmanager
 def atomic_write(path):
-    """A file opened for writing that gets its name only once all of it is on the disk."""
+    """Opens a file under another name, and renames it once it is safely on the disk."""
     partial = Path(f"{path}.{jax.process_index()}-{os.getpid()}.partial")  # a kill leaves it
     partial.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -677,6 +673,7 @@ def fetch(url, data_dir):
             bar = {"total": reply.length, "desc": url, "disable": jax.process_index() > 0}
             with tqdm.wrapattr(reply, "read", **bar) as stream:
                 shutil.copyfileobj(stream, file)
+            # http.client counts length down.
             require(not reply.length, f"it was cut off {reply.length} bytes before its end")
     except Exception as error:  # networks fail in many ways; 401: needs a login, 404: is not there
         raise BadInput(f"cannot fetch {url} ({error}); by hand, put it at {path}") from error
@@ -727,12 +724,12 @@ def rows_of(depth):
 def from_timm(arrays):
     """{name in timm: array} -> {released name: array}, each in the shape of the release.
 
-    A file does not say how many heads there are, so its width D must be in SIZES; a model with this
-    width and other heads cannot be told from it. timm's GELU is the exact one, at most 4.7e-4 from
-    ours. DeiT and DINO want pixels scaled in another way than by `to_pixels`: fine-tune them first.
+    A file does not say how many heads there are, so its width D must be in SIZES; a model of this
+    width with another number of heads is read wrongly, without an error. timm's GELU is the exact
+    one, at most 4.7e-4 from ours. DeiT and DINO were trained on pixels that are scaled in another
+    way than by `to_pixels`: fine-tune them first.
     """
-    known = "cls_token" in arrays
-    require(known, "it has no cls_token; of models with transformers' names timm has copies")
+    require("cls_token" in arrays, "it has no cls_token; for transformers' names, take timm's copy")
     width = arrays["cls_token"].shape[-1]
     heads = {d: a for d, _, a in SIZES.values()}.get(width)
     require(heads, f"its width {width} is not in SIZES, so its number of heads is unknown")
@@ -740,7 +737,7 @@ def from_timm(arrays):
     depth = sum(name.endswith("norm1.bias") for name in arrays)
     released = dict(arrays)  # names that are not timm's stay, for `to_params` to refuse
     for name, axes, timm in rows_of(depth):
-        if timm in arrays:  # all but, in some files, a head
+        if timm in arrays:  # pre_logits never is, and in some files no head
             array = arrays[timm]
             released.pop(timm, None)
             if ".qkv." in timm:  # query, key and value in one: [3D, D] or [3D]
@@ -761,11 +758,9 @@ def read_arrays(path):
             is_npz = file.read(2) == b"PK"
         if not is_npz:
             return from_timm(read_safetensors(path))
-        arrays = {}
         with zipfile.ZipFile(path) as archive:
-            for name in archive.namelist():  # read() checks the CRC-32, before NumPy sees the bytes
-                arrays[name.removesuffix(".npy")] = np.load(io.BytesIO(archive.read(name)))
-        return arrays
+            names = archive.namelist()  # read() checks the CRC-32, before NumPy sees the bytes
+            return {x.removesuffix(".npy"): np.load(io.BytesIO(archive.read(x))) for x in names}
     except Exception as error:  # damaged bytes raise a dozen types in zipfile, zlib, NumPy, json
         what = f"{path} is not an .npz or timm's .safetensors"
         raise BadInput(f"{what} ({str(error)[:300]})") from error
@@ -787,16 +782,15 @@ def to_params(arrays, source):
         require(name in arrays, f"{source} has no {name}")
         array = arrays.pop(name)
         # The first array with a letter binds it to a size, and all later ones must agree.
-        axis = zip(axes, array.shape, strict=False)
-        fits = array.ndim == len(axes) and all(sizes.setdefault(x, n) == n for x, n in axis)
+        pairs = zip(axes, array.shape, strict=False)
+        fits = array.ndim == len(axes) and all(sizes.setdefault(x, n) == n for x, n in pairs)
         require(fits, f"{source}: {name} has the shape {array.shape}, not {axes} as in {sizes}")
         finite = array.dtype.kind == "f" and np.isfinite(array).all()
         require(finite, f"{source}: {name} does not hold finite numbers only")
         found[name] = np.asarray(array, np.float32)
     require(not arrays, f"{source} has {[*arrays][:3]}, so it is another kind of model")
-    patches = sizes["N"] - 1
-    square = math.isqrt(patches) ** 2 == patches > 0
-    require(square, f"{source} is not for square images: it has embeddings of {patches} patches")
+    n = sizes["N"] - 1
+    require(math.isqrt(n) ** 2 == n > 0, f"{source}: its {n} patches are not those of a square")
     for name in BLOCK_PARAMETERS:
         blocks = [found.pop(f"Transformer/encoderblock_{i}/{name}") for i in range(depth)]
         found[f"Transformer/encoderblock/{name}"] = np.stack(blocks)  # [L, ...]
@@ -909,14 +903,14 @@ def replicate(tree):
 
 
 def claim(logdir):
-    """Keeps a folder for this process until it ends. Raises BadInput if another process has it."""
+    """Locks a folder until this process ends. Raises BadInput if another process has done so."""
     os.makedirs(logdir, exist_ok=True)
     try:
         import fcntl  # the system ends its locks with the process, even with a killed one
 
-        file = os.open(f"{logdir}/lock", os.O_CREAT | os.O_RDWR)
+        file = os.open(f"{logdir}/lock", os.O_CREAT | os.O_RDWR)  # and is never closed
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:
+    except BlockingIOError as error:
         raise BadInput(f"another process trains in {logdir}: choose another --logdir") from error
     except (ImportError, OSError):
         pass  # Windows and some network file systems have no such locks
@@ -925,7 +919,7 @@ def claim(logdir):
 def new_state(options, num_classes):
     """The state before the first update, as NumPy arrays. params: what --pretrained names."""
     if options.pretrained == "none":
-        # train_step folds in the step, which is below 2**31, and so never gets this key.
+        # train_step uses fold_in(key, step) with a step below 2**31, and so never this key.
         key = jax.random.fold_in(jax.random.key(options.seed), 2**31)
         params = init_params(key, options.model, options.image_size, num_classes)
     else:
@@ -935,17 +929,13 @@ def new_state(options, num_classes):
 
 
 def saved_state(arrays, path):
-    """The state in the arrays of a run's checkpoint. Raises BadInput for another optimizer's."""
-    params = to_params(arrays, path)
-    fresh = sgd_init(params)  # the structure and dtypes of momentum; the values are in the file
-    names = [f"train/momentum/{name}" for name in flatten(fresh)]
-    missing = [name for name in names if name not in arrays]
-    require(not missing, f"{path} was saved with another optimizer: it has no {missing[:3]}")
-    saved = [
-        arrays[name].astype(x.dtype) for name, x in zip(names, jax.tree.leaves(fresh), strict=True)
-    ]
-    momentum = jax.tree.unflatten(jax.tree.structure(fresh), saved)
-    return {"params": params, "momentum": momentum, "step": np.int32(arrays["train/step"])}
+    """The state in the arrays of a run's checkpoint. Raises BadInput for another optimizer."""
+    params, momentum = to_params(arrays, path), {}
+    for name, fresh in flatten(sgd_init(params)).items():
+        saved = arrays.get(f"train/momentum/{name}")
+        require(saved is not None, f"{path} was saved with another optimizer: it has no {name}")
+        momentum[name] = saved.astype(fresh.dtype)
+    return {"params": params, "momentum": nest(momentum), "step": np.int32(arrays["train/step"])}
 
 
 def start_or_resume(options, data):
@@ -953,7 +943,7 @@ def start_or_resume(options, data):
 
     They come from checkpoint.npz in options.logdir if it is there. Raises BadInput if it is of
     another run. With another number of devices or accum_steps, sums are rounded in another order,
-    and dropout and mixup are drawn anew.
+    dropout is drawn anew, and mixup pairs other images.
     """
     if jax.process_index() == 0:
         claim(options.logdir)
@@ -978,9 +968,8 @@ def save_run(options, data, state, run):
     """Writes, on the first host, metrics.csv, and checkpoint.npz with all that resuming needs."""
     if jax.process_index() == 0:
         columns = "step", "loss", "learning_rate", "images_per_second", "test_accuracy"
-        lines = [",".join(map(str, row)) + "\n" for row in (columns, *run["rows"])]
         with atomic_write(f"{options.logdir}/metrics.csv") as file:
-            file.write("".join(lines).encode())
+            np.savetxt(file, [columns, *run["rows"]], fmt="%s", delimiter=",")
         more = {"class_names": [*data["classes"]], "train/run": json.dumps(run)}
         more["train/step"] = state["step"]
         for name, leaf in flatten(jax.device_get(state["momentum"])).items():
@@ -1016,7 +1005,7 @@ def decode(file, name):
             image.load()
             # Modes F and I: floats, and integers of 16 or 32 bits, which Pillow cuts off at 255.
             require(image.mode[0] not in "FI", "save it with 8 bits per channel")
-            with contextlib.suppress(Exception):  # of damaged EXIF, after the image was turned
+            with contextlib.suppress(Exception):  # damaged EXIF raises once the image is turned
                 ImageOps.exif_transpose(image, in_place=True)
             if image.has_transparency_data:
                 white = Image.new("RGBA", image.size, "white")
@@ -1062,16 +1051,17 @@ def hub_dataset(name, options):
         addresses = [x.replace("https://huggingface.co", HUB, 1) for x in splits[split]]
         files = [fetch(address, options.data_dir) for address in addresses]
         features = json.loads(pq.read_schema(files[0]).metadata[b"huggingface"])["info"]["features"]
-        columns = {}  # the first of each type
-        for column, feature in features.items():
-            columns.setdefault(feature["_type"], column)
+        columns = {x["_type"]: column for column, x in reversed(features.items())}  # the first wins
         image, label = columns.get("Image"), columns.get("ClassLabel")
         require(image and label, f"{name} has no images with classes, but {columns}")
-        tables = [pq.read_table(file, columns=[image, label]) for file in files]
-        rows = [row for table in tables for row in table.to_pylist()]
+        rows = pq.read_table(files, columns=[image, label], partitioning=None).to_pylist()
         return [(row[image]["bytes"], row[label]) for row in rows], features[label]["names"]
 
-    split = choose_test_split(name, splits, first_label=lambda split: load(split)[0][0][1])
+    def first_label(split):
+        rows, _ = load(split)
+        return rows[0][1]
+
+    split = choose_test_split(name, splits, first_label)
     train = load("train")[0] if "train" in splits else []
     test, classes = load(split or "train")
     if not split:
@@ -1092,15 +1082,13 @@ def image_folder(root):
 
     def find(folder):  # [(class, path)]
         items = []
-        for entry in os.scandir(folder) if os.path.isdir(folder) else []:
-            if entry.is_dir() and entry.name[0] not in ".@":  # such as .cache and @eaDir
-                for file in os.scandir(entry):
-                    ending = Path(file.name).suffix.lower() if file.is_file() else "folder"
-                    if ending in ENDINGS and file.name[0] != ".":
-                        items.append((entry.name, file.path))
-                    else:
-                        passed_over[ending or "no ending"] += 1
-        return sorted(items)
+        for path in sorted(Path(folder).glob("[!.@]*/[!.]*")):  # nothing like .cache and @eaDir
+            ending = path.suffix.lower() if path.is_file() else "folder"
+            if ending in ENDINGS:
+                items.append((path.parent.name, str(path)))
+            else:
+                passed_over[ending or "no ending"] += 1
+        return items
 
     train, test = find(f"{root}/train"), find(f"{root}/test") or find(f"{root}/val")
     if not train and not test:
@@ -1173,7 +1161,7 @@ def load_data(name, options):
 
 @jax.jit
 def forward_with_rollout(params, image):
-    """Logits, and what of each patch reaches the class token: [1, H, W, 3] -> [K], [grid, grid].
+    """[1, H, W, 3] -> logits [K], and how much of each patch the class token has: [grid, grid].
 
     Attention rollout (arXiv 2005.00928): the weights, averaged over heads and mixed with the
     identity for the residual, are multiplied block after block. A few patches often outshine all
@@ -1184,7 +1172,7 @@ def forward_with_rollout(params, image):
         x, reached = x_and_reached
         x, weights = encoder_block(x, block)
         weights = weights[0].mean(axis=0)  # [A, N, N] -> [N, N]
-        return (x, (weights + identity) / 2 @ reached), None
+        return (x, ((weights + identity) / 2) @ reached), None
 
     x = embed(params, image)
     identity = jnp.eye(x.shape[1])
@@ -1199,8 +1187,8 @@ def forward_with_rollout(params, image):
 def classify(options, photos):
     """Prints the five most likely classes of each photo, and writes PHOTO-attention.png.
 
-    That is the photo beside the same photo, darkened where the class token does not look. It lies
-    in the current folder. Raises BadInput for what cannot be read.
+    It shows the photo beside a copy, darkened where the class token does not look, and is written
+    to the current folder. Raises BadInput for what cannot be read.
     """
     path = pretrained_file(options, fine_tuned=True)
     arrays = read_arrays(path)
@@ -1229,7 +1217,7 @@ def classify(options, photos):
 DIGITS = {"model": "ViT-XS_8", "pretrained": "none", "image_size": 32, "augment": "none"}
 DIGITS |= {"batch_size": 64, "accum_steps": 1, "base_lr": 0.1}
 DIGITS |= {"total_steps": 800, "warmup_steps": 100, "log_every": 100}
-PRESETS = {"digits": DIGITS, "imagenet2012": {"total_steps": 20_000}}  # come before Options
+PRESETS = {"digits": DIGITS, "imagenet2012": {"total_steps": 20_000}}  # replace defaults of Options
 
 
 def parse_options(argv=None):
