@@ -518,12 +518,11 @@ def evaluate(params, data, options):
 def train(options, data):
     """Trains on data and returns params as NumPy arrays.
 
-    The first host writes first_batch.png (the first eight examples) to options.logdir, and after
-    each evaluation metrics.csv and checkpoint.npz. Stop it however you like (Ctrl-C, kill, a power
-    cut), and call it again: it goes on from checkpoint.npz, and with the same options, devices and
-    versions it ends with the same bits as a run that was never stopped (checked on CPUs). Raises
-    BadInput for options that do not fit the data or the checkpoint, for data that cannot be read,
-    and for a loss that is not finite.
+    The first host writes to options.logdir: first_batch.png (the first eight examples) and, after
+    each evaluation, metrics.csv and checkpoint.npz. Stop it however you like, even by kill, and call
+    it again: it goes on from checkpoint.npz, and with the same options, devices and versions it ends
+    with the same bits as a run that was never stopped (checked on CPUs). Raises BadInput for what
+    does not fit or cannot be read, and for a loss that is not finite.
     """
     require(len(data["train"]), "there are no images for training, only for --eval_only")
     positions = batch_positions(options.batch_size, options.accum_steps)
@@ -693,8 +692,8 @@ def pretrained_file(options, fine_tuned=False):
 def read_safetensors(path):
     """{name: float32 array} of a .safetensors file that holds F32, F16 or BF16.
 
-    Eight bytes give the length of the header; the header, JSON, says which bytes are which array.
-    They must follow each other to the end of the file. Damage raises many types of exceptions.
+    Eight bytes give the length of a JSON header, which says which bytes are which array. They must
+    follow each other to the end of the file. Damage raises many types of exceptions.
     """
     dtypes = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
     data = np.fromfile(path, np.uint8)
@@ -769,8 +768,7 @@ def read_arrays(path):
 def to_params(arrays, source):
     """{released name: array} -> params, a nested dict of float32 NumPy arrays.
 
-    A head may be absent. Raises BadInput, naming source, for an array that is missing, unknown, of
-    another shape, or not finite.
+    A head may be absent. Raises BadInput if an array is missing, unknown, misshapen or not finite.
     """
     arrays = {k: x for k, x in arrays.items() if not k.startswith(("train/", "class_names"))}
     absent = {"head", "pre_logits"} - {name.split("/")[0] for name in arrays}
@@ -813,11 +811,9 @@ def save_checkpoint(path, params, **more):
     arrays = {}
     for name, array in flatten(jax.device_get(params)).items():
         require(np.isfinite(array).all(), f"{name} is not finite, {path} stays as it was")
-        if "/encoderblock/" in name:
-            for i, block in enumerate(array):
-                arrays[name.replace("encoderblock", f"encoderblock_{i}")] = block
-        else:
-            arrays[name] = array
+        blocks = array if "/encoderblock/" in name else [array]
+        for i, block in enumerate(blocks):  # a name without encoderblock stays as it is
+            arrays[name.replace("encoderblock/", f"encoderblock_{i}/")] = block
     with atomic_write(path) as file:
         np.savez(file, **arrays, **more)
 
@@ -1047,33 +1043,27 @@ def hub_dataset(name, options):
         say(f"{name}: the hub has only the beginning of {partial}, which is not used")
 
     @functools.cache
-    def load(split):  # [(encoded image, label)], and the names of the classes
+    def load(split):
         addresses = [x.replace("https://huggingface.co", HUB, 1) for x in splits[split]]
         files = [fetch(address, options.data_dir) for address in addresses]
         features = json.loads(pq.read_schema(files[0]).metadata[b"huggingface"])["info"]["features"]
-        columns = {x["_type"]: column for column, x in reversed(features.items())}  # the first wins
+        typed = [(x["_type"], column) for column, x in features.items() if "_type" in x]
+        columns = dict(reversed(typed))  # so that the first of a type wins
         image, label = columns.get("Image"), columns.get("ClassLabel")
         require(image and label, f"{name} has no images with classes, but {columns}")
         rows = pq.read_table(files, columns=[image, label], partitioning=None).to_pylist()
-        return [(row[image]["bytes"], row[label]) for row in rows], features[label]["names"]
+        examples = [{"image": row[image]["bytes"], "label": row[label]} for row in rows]
+        return {"examples": examples, "classes": features[label]["names"]}
 
-    def first_label(split):
-        rows, _ = load(split)
-        return rows[0][1]
-
-    split = choose_test_split(name, splits, first_label)
-    train = load("train")[0] if "train" in splits else []
-    test, classes = load(split or "train")
-    if not split:
+    split = choose_test_split(name, splits, lambda split: load(split)["examples"][0]["label"])
+    train = load("train")["examples"] if "train" in splits else []
+    if split:
+        test = load(split)["examples"]
+    else:
         train, test = [x for i, x in enumerate(train) if i % 10], train[::10]
-    elif name in CIFAR.values():
+    if name in CIFAR.values():
         train = train[: round(0.98 * len(train))]  # as in the release
-
-    def read(row):
-        image, label = row
-        return decode(io.BytesIO(image), f"in {name}"), label
-
-    return {"classes": classes, "train": train, "test": test, "read": read}
+    return {"classes": load(split or "train")["classes"], "train": train, "test": test}
 
 
 def image_folder(root):
@@ -1125,18 +1115,15 @@ def tfds_dataset(name, options):
     classes = getattr(features.get("label"), "names", None)
     require(classes and "image" in features, f"{name} has no images with classes: {[*features]}")
 
-    def source(split):  # a sequence of dicts, with encoded images
+    def source(split):  # a sequence of {"image": encoded image, "label": int}
         return builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
 
-    def read(example):
-        return decode(io.BytesIO(example["image"]), f"in {name}"), int(example["label"])
-
-    test = choose_test_split(name, splits, first_label=lambda split: source(split)[0]["label"])
+    test = choose_test_split(name, splits, lambda split: source(split)[0]["label"])
     train, test = ("train", test) if test else ("train[:90%]", "train[90%:]")
     if builder.name == "imagenet2012":
         train = "train[:99%]"  # as in the release
     train = source(train) if "train" in splits else []
-    return {"classes": classes, "train": train, "test": source(test), "read": read}
+    return {"classes": classes, "train": train, "test": source(test)}
 
 
 def load_data(name, options):
@@ -1153,7 +1140,11 @@ def load_data(name, options):
         data = tfds_dataset(name, options)
     train, test, classes = (len(data[part]) for part in ("train", "test", "classes"))
     say(f"{name}: {train} images for training and {test} for testing, of {classes} classes")
-    return data | {"name": name}
+
+    def read(example):  # of the hub or TFDS
+        return decode(io.BytesIO(example["image"]), f"in {name}"), int(example["label"])
+
+    return {"read": read} | data | {"name": name}
 
 
 # --------------------------------------------------------------------------------------- 9. Photos
@@ -1187,8 +1178,7 @@ def forward_with_rollout(params, image):
 def classify(options, photos):
     """Prints the five most likely classes of each photo, and writes PHOTO-attention.png.
 
-    It shows the photo beside a copy, darkened where the class token does not look, and is written
-    to the current folder. Raises BadInput for what cannot be read.
+    It shows the photo and a copy, dark where the class token does not look. Raises BadInput.
     """
     path = pretrained_file(options, fine_tuned=True)
     arrays = read_arrays(path)
@@ -1224,10 +1214,8 @@ def parse_options(argv=None):
     """The command line: DATA, a list of photos or [], and Options. Raises BadInput."""
     usage, absent = "vit.py [DATA] [--FLAG=VALUE ...]", argparse.SUPPRESS  # if it is not given
     parser = argparse.ArgumentParser(usage=usage, allow_abbrev=False, argument_default=absent)
-    text = (
-        "digits (default), cifar10, cifar100, hf://datasets/OWNER/NAME, a folder of CLASS/*.jpg, "
-    )
-    parser.add_argument("data", nargs="*", default=["digits"], help=text + "a TFDS set, or photos")
+    text = "digits (default), cifar10, cifar100, hf://datasets/OWNER/NAME, a TFDS set, a folder "
+    parser.add_argument("data", nargs="*", default=["digits"], help=text + "of images, or photos")
     for field in dataclasses.fields(Options):
         kind = {"action": "store_true"} if field.type is bool else {"type": field.type}
         parser.add_argument(f"--{field.name}", **kind, **field.metadata)
