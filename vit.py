@@ -519,10 +519,10 @@ def train(options, data):
     """Trains on data and returns params as NumPy arrays.
 
     The first host writes to options.logdir: first_batch.png (the first eight examples) and, after
-    each evaluation, metrics.csv and checkpoint.npz. Stop it however you like, even by kill, and call
-    it again: it goes on from checkpoint.npz, and with the same options, devices and versions it ends
-    with the same bits as a run that was never stopped (checked on CPUs). Raises BadInput for what
-    does not fit or cannot be read, and for a loss that is not finite.
+    each evaluation, metrics.csv and checkpoint.npz. Stop it however you like, even by kill, and
+    call it again: it goes on from checkpoint.npz. With the same options, devices and versions it
+    ends with the same bits as a run that was never stopped (checked on CPUs). Raises BadInput for
+    what does not fit or cannot be read, and for a loss that is not finite.
     """
     require(len(data["train"]), "there are no images for training, only for --eval_only")
     positions = batch_positions(options.batch_size, options.accum_steps)
