@@ -13,11 +13,10 @@ was published with it, google-research/vision_transformer ("the release"). Run i
     python vit.py cifar10      # fine-tunes the released ViT-B/16 on CIFAR-10
     python vit.py photo.jpg --pretrained=runs/cifar10/checkpoint.npz
 
-Parts 1 to 4 are the lesson; parts 5 to 10 are what a real program also needs.
-
-Shapes are written with these letters: B images of H x W pixels, patches of P x P pixels, N tokens
-(one for each patch, and the class token) of width D, L blocks, A attention heads of E = D/A
-numbers, M for the width of the MLP, K classes.
+Parts 1 to 4 are the lesson; parts 5 to 10 are what a real program also needs. Shapes are written
+with these letters: B images of H x W pixels, patches of P x P pixels, N tokens (one for each patch,
+and the class token) of width D, L blocks, A attention heads of E = D/A numbers, M for the width of
+the MLP, K classes.
 
 A little JAX: a *pytree* is a nest of dicts, lists and tuples with arrays in it, like our
 parameters; `jax.tree.map(f, a, b)` applies f leaf by leaf. A *random key* is random state as a
@@ -71,8 +70,8 @@ xavier = initializers.xavier_uniform(in_axis=1, out_axis=2, batch_axis=0)
 to_heads = initializers.xavier_uniform(in_axis=1, out_axis=(2, 3), batch_axis=0)
 from_heads = initializers.xavier_uniform(in_axis=(1, 2), out_axis=3, batch_axis=0)
 
-# Every parameter has a name in the released checkpoints. Its row says: a letter for each of its
-# axes (1 and 3 stand for themselves), its initial values (None: only ever loaded), timm's name.
+# Every parameter has a name in the released checkpoints. Its row holds a letter for each of its
+# axes (1 and 3 stand for themselves), its initializer (None: only ever loaded), its name in timm.
 PARAMETERS = {
     "embedding/kernel": ("PP3D", initializers.lecun_normal((0, 1, 2)), "patch_embed.proj.weight"),
     "embedding/bias": ("D", initializers.zeros, "patch_embed.proj.bias"),
@@ -113,7 +112,7 @@ def linear(x, kernel, bias):
     I and O may be several axes: kernel [D, A, E] and bias [A, E] make heads; kernel [A, E, D] and
     bias [D] join them again.
     """
-    axes = kernel.ndim - bias.ndim  # of I
+    axes = kernel.ndim - bias.ndim  # how many are summed over
     return jnp.tensordot(x, kernel.astype(x.dtype), axes) + bias.astype(x.dtype)
 
 
@@ -217,14 +216,10 @@ def forward(params, images, dropout_key=None, dropout_rate=0.0, remat=False, fus
         x, _ = encoder_block(x, block, block_key, dropout_rate, fused)
         return x, None
 
-    # For the gradient, a block keeps some arrays, and the backward pass computes the rest again:
-    #         | kept                      | computed again, because
-    #   plain | its input, and x @ kernel | norms, GELU, dropout: that is cheaper than moving them
-    #         | of each linear layer      | attention after q, k, v: its N x N numbers are too many
-    #   remat | its input                 | everything: that takes the least memory
-    # The policy tells products apart by batch dimensions, axes of both factors that the product
-    # keeps. x @ kernel has none; q k^T has two, images and heads. (prevent_cse, which stops XLA
-    # from merging the second computation with the first, is not needed inside a scan.)
+    # For the gradient, a block keeps its input and the products x @ kernel of its linear layers.
+    # The backward pass computes the rest again, because storing norms, GELU and N x N weights costs
+    # more. With remat, a block keeps its input only. (The policy knows x @ kernel by its lack of
+    # batch dimensions, such as images and heads in q k^T. In a scan, prevent_cse is not needed.)
     policies = jax.checkpoint_policies
     policy = policies.nothing_saveable if remat else policies.dots_with_no_batch_dims_saveable
     apply_block = jax.checkpoint(apply_block, policy=policy, prevent_cse=False)
@@ -317,19 +312,19 @@ def sgd_init(params):
 def sgd_update(params, momentum, grads, rate, beta=0.9):
     """SGD with momentum, not Nesterov, without weight decay: returns new params and momentum.
 
-    As in the release, momentum is rounded to bfloat16 in two places; all else is float32.
+    As in the release, momentum is stored in bfloat16; everything else is float32.
     """
-    # beta * m is bfloat16 (but XLA may keep it in float32), the sum with a gradient is float32.
+    # beta * m is rounded to bfloat16 (but XLA may skip that); the sum with g is float32.
     new = jax.tree.map(lambda m, g: beta * m + g, momentum, grads)
     params = jax.tree.map(lambda p, m: p - rate * m, params, new)
-    return params, jax.tree.map(lambda old, m: m.astype(old.dtype), momentum, new)  # to bfloat16
+    return params, jax.tree.map(lambda old, m: m.astype(old.dtype), momentum, new)  # rounded
 
 
 # `pmap` compiles a function once and runs it on all devices at the same time. in_axes says what a
 # device gets of each argument: 0, its own slice along the first axis; None, all of it. By
 # out_axes=None we promise that all devices compute the same result; Python sees one of them. A
-# static argument is a constant for the compiler; a donated one gives its memory to the result.
-# (pmap is built on jit and `shard_map`, which new code can use directly.)
+# static argument is a constant for the compiler. A donated one gives its memory to the result, so
+# it must not be used again. (pmap is built on `shard_map`, which new code can use directly.)
 on_all_devices = functools.partial(
     jax.pmap, axis_name="devices", in_axes=(None, 0, 0, None), out_axes=None
 )
@@ -343,8 +338,8 @@ def train_step(state, images, labels, options):
     images: uint8 [local devices, accum_steps, B, H, W, 3]; labels: int32 [local devices,
     accum_steps, B]. Inside, the axis of devices is gone. options: the flags of part 5.
 
-    Keys: mixup_key, dropout_key = split(fold_in(key(seed), step)). Only `pmean` communicates: it
-    averages loss and gradients over the devices of all hosts, so all compute the same state.
+    Random keys depend on seed and step alone. Only `pmean` communicates: it averages loss and
+    gradients over the devices of all hosts, so all compute the same state.
     """
     params, step = state["params"], state["step"]
     step_key = jax.random.fold_in(jax.random.key(options.seed), step)
@@ -464,7 +459,7 @@ def training_example(data, options, image_size, index):
 def batch_positions(batch_size, accum_steps=1):
     """Which examples of a batch this host reads: int [local devices, accum_steps, B].
 
-    One host with 2 devices has of a batch of 8 in 2 micro-batches [[[0 1] [2 3]] [[4 5] [6 7]]].
+    One host, 2 devices, a batch of 8 in 2 micro-batches: [[[0 1] [2 3]] [[4 5] [6 7]]].
     """
     shape = jax.process_count(), jax.local_device_count(), accum_steps
     why = f"--batch_size={batch_size} is not a multiple of hosts x devices x --accum_steps {shape}"
@@ -473,10 +468,8 @@ def batch_positions(batch_size, accum_steps=1):
 
 
 def batches(example, indices, ahead=3):
-    """For each int array [...] of indices: uint8 [..., size, size, 3] and int32 labels [...].
-
-    example(index) -> (image, label) runs in parallel threads, up to `ahead` batches in advance.
-    """
+    """For each int array [...] of indices: uint8 [..., size, size, 3] and int32 labels [...]."""
+    # Threads begin to read a batch when it is taken from this generator, `ahead` of its use.
     started = ((batch.shape, POOL.map(example, batch.ravel().tolist())) for batch in indices)
     waiting = [*itertools.islice(started, ahead)]
     while waiting:
@@ -510,9 +503,8 @@ def evaluate(params, data, options):
         previous = correct
         correct = previous + eval_step(params, images, labels, options)
         jax.block_until_ready(previous)  # as in `train`, at most two batches are on the device
-    accuracy = int(correct) / count
-    say(f"test accuracy {accuracy:.2%} of {count} images")
-    return accuracy
+    say(f"test accuracy {int(correct) / count:.2%} of {count} images")
+    return int(correct) / count
 
 
 def train(options, data):
@@ -541,32 +533,34 @@ def train(options, data):
     indices = (step * options.batch_size + positions for step in range(first, total))
     loss = 0.0  # before the first update there is nothing to wait for
     for done, (images, labels) in enumerate(batches(example, indices), first + 1):
-        if done == first + 1:
+        is_first, is_last = done == first + 1, done == total
+        log = is_last or done % options.log_every == 0
+        test = is_last or done % options.eval_every == 0
+        if is_first:
             say(f"compiling an update of {options.batch_size} images of {size} x {size} pixels ...")
             train_step.lower(state, images, labels, options).compile()  # the call below finds it
-            clock = first, time.perf_counter()  # the pace counts from this update and time
+            timed_step, timed_from = first, time.perf_counter()
         previous_loss = loss
         state, loss, rate = train_step(state, images, labels, options)
         # train_step returns at once, before anything is computed. To wait for the update before
         # this one keeps the devices busy, and their queue short.
         jax.block_until_ready(previous_loss)
-        log = done % options.log_every == 0 or done == total
-        if log or done == first + 1:
+        if log or is_first:
             value, rate = float(loss), float(rate)  # this waits for the update
             require(math.isfinite(value), f"the loss of step {done} is {value}; lower --base_lr")
-            seconds = (time.perf_counter() - clock[1]) / (done - clock[0])  # of one update
+            seconds = (time.perf_counter() - timed_from) / (done - timed_step)  # of one update
             speed, left = options.batch_size / seconds, round(seconds * (total - done))
             pace = f"{speed:.1f} images/s  {timedelta(seconds=left)} left, plus evaluations"
             say(f"step {done}/{total}  loss {value:.4f}  lr {rate:.2e}  {pace}")
-            if done == first + 1 and left > 3600 and jax.default_backend() == "cpu":
+            if is_first and left > 3600 and jax.default_backend() == "cpu":
                 say("no GPU or TPU was found; for a CPU: --model=ViT-Ti_16 --image_size=224")
-            if log:
-                run["rows"].append((done, value, rate, speed, ""))
-        if done % options.eval_every == 0 or done == total:
+        if log:
+            run["rows"].append((done, value, rate, speed, ""))
+        if test:
             run["rows"].append((done, "", "", "", evaluate(state["params"], data, options)))
             save_run(options, data, state, run)
-        if log or done % options.eval_every == 0:
-            clock = done, time.perf_counter()  # evaluations do not count
+        if log or test or is_first:
+            timed_step, timed_from = done, time.perf_counter()  # without the evaluation
     return jax.device_get(state["params"])
 
 
@@ -575,12 +569,13 @@ def train(options, data):
 
 def option(default, help, **more):
     """A field of Options: its default, its help text, and further arguments for argparse."""
-    return dataclasses.field(default=default, metadata={"help": f"{help} ({default})"} | more)
+    about = {"help": f"{help} ({default})", "default": argparse.SUPPRESS}  # absent if not given
+    return dataclasses.field(default=default, metadata=about | more)
 
 
 @dataclasses.dataclass(frozen=True)  # and so hashable, as static arguments must be
 class Options:
-    """All flags, with the release's names and defaults where it has them. Raises BadInput."""
+    """All flags. Defaults are the release's, where it has the option. Raises BadInput."""
 
     model: str = option("ViT-B_16", "ViT-SIZE_PATCH, if --pretrained is released or none")
     pretrained: str = option("released", "released, none, or a checkpoint's file or address")
@@ -611,9 +606,9 @@ class Options:
     def __post_init__(self):
         from_1 = ("batch_size", "accum_steps", "total_steps", "log_every", "eval_every")
         for name, value in vars(self).items():
-            smallest = 1 if name in from_1 else 0
-            allowed = isinstance(value, str) or value >= smallest
-            require(allowed, f"--{name}={value} is below {smallest}")
+            least = 1 if name in from_1 else 0
+            allowed = isinstance(value, str) or least <= value < 2**31
+            require(allowed, f"--{name}={value} is not from {least} to 2**31 - 1")
         model = re.fullmatch(rf"ViT-({'|'.join(SIZES)})_[1-9]\d*", self.model)
         require(model, f"--model={self.model} is not like ViT-B_16, with a size of {[*SIZES]}")
         require(self.dropout < 1, f"--dropout={self.dropout} must be below 1")
@@ -630,19 +625,19 @@ class Options:
 
 # The Hugging Face hub, or a mirror of it; all tools of the hub look at HF_ENDPOINT.
 HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-# The released models, in timm's copy (the authors' own place is closed since February 2026): "orig"
-# marks the paper's, "augreg" the later ones of arXiv 2106.10270.
+# The released models, in timm's copy (the authors' own place is closed since February 2026): which
+# one is pre-trained on ImageNet-21k, and which was then fine-tuned on ImageNet at 384 pixels; orig
+# are the paper's, augreg the later ones of arXiv 2106.10270.
 RELEASED = {
-    # pre-trained on ImageNet-21k; then fine-tuned on ImageNet at 384 pixels
-    "ViT-Ti_16": ("tiny_patch16_224.augreg_in21k", "tiny_patch16_384.augreg_in21k_ft_in1k"),
-    "ViT-S_32": ("small_patch32_224.augreg_in21k", "small_patch32_384.augreg_in21k_ft_in1k"),
-    "ViT-S_16": ("small_patch16_224.augreg_in21k", "small_patch16_384.augreg_in21k_ft_in1k"),
-    "ViT-B_32": ("base_patch32_224.orig_in21k", "base_patch32_384.augreg_in21k_ft_in1k"),
-    "ViT-B_16": ("base_patch16_224.orig_in21k", "base_patch16_384.orig_in21k_ft_in1k"),
-    "ViT-B_8": ("base_patch8_224.augreg_in21k", None),
-    "ViT-L_32": ("large_patch32_224.orig_in21k", "large_patch32_384.orig_in21k_ft_in1k"),
-    "ViT-L_16": ("large_patch16_224.orig_in21k", "large_patch16_384.augreg_in21k_ft_in1k"),
-    "ViT-H_14": ("huge_patch14_224.orig_in21k", None),
+    "ViT-Ti_16": ("tiny_patch16", "augreg", "augreg"),
+    "ViT-S_32": ("small_patch32", "augreg", "augreg"),
+    "ViT-S_16": ("small_patch16", "augreg", "augreg"),
+    "ViT-B_32": ("base_patch32", "orig", "augreg"),
+    "ViT-B_16": ("base_patch16", "orig", "orig"),
+    "ViT-B_8": ("base_patch8", "augreg", None),
+    "ViT-L_32": ("large_patch32", "orig", "orig"),
+    "ViT-L_16": ("large_patch16", "orig", "augreg"),
+    "ViT-H_14": ("huge_patch14", "orig", None),
 }
 
 
@@ -672,8 +667,8 @@ def fetch(url, data_dir):
             bar = {"total": reply.length, "desc": url, "disable": jax.process_index() > 0}
             with tqdm.wrapattr(reply, "read", **bar) as stream:
                 shutil.copyfileobj(stream, file)
-            # http.client counts length down.
-            require(not reply.length, f"it was cut off {reply.length} bytes before its end")
+            missing = reply.length  # http.client counts it down
+            require(not missing, f"it was cut off {missing} bytes before its end")
     except Exception as error:  # networks fail in many ways; 401: needs a login, 404: is not there
         raise BadInput(f"cannot fetch {url} ({error}); by hand, put it at {path}") from error
     return path
@@ -683,9 +678,11 @@ def pretrained_file(options, fine_tuned=False):
     """The path of what --pretrained names, after a download if need be. Raises BadInput."""
     path = os.path.expanduser(options.pretrained)
     if path == "released":
-        name = RELEASED.get(options.model, (None, None))[fine_tuned]  # one of the two columns
-        require(name, f"--model={options.model} was not released; see RELEASED in vit.py")
-        path = f"{HUB}/timm/vit_{name}/resolve/main/model.safetensors"
+        name, *kinds = RELEASED.get(options.model, ("", None, None))
+        kind = kinds[1] if fine_tuned else kinds[0]
+        require(kind, f"--model={options.model} was not released; see RELEASED in vit.py")
+        kind = f"384.{kind}_in21k_ft_in1k" if fine_tuned else f"224.{kind}_in21k"
+        path = f"{HUB}/timm/vit_{name}_{kind}/resolve/main/model.safetensors"
     return fetch(path, options.data_dir) if re.match("https?://", path) else path
 
 
@@ -724,9 +721,8 @@ def from_timm(arrays):
     """{name in timm: array} -> {released name: array}, each in the shape of the release.
 
     A file does not say how many heads there are, so its width D must be in SIZES; a model of this
-    width with another number of heads is read wrongly, without an error. timm's GELU is the exact
-    one, at most 4.7e-4 from ours. DeiT and DINO were trained on pixels that are scaled in another
-    way than by `to_pixels`: fine-tune them first.
+    width with another number of heads is read wrongly. timm's GELU is the exact one, at most 4.7e-4
+    from ours. DeiT and DINO were trained on pixels scaled in another way: fine-tune them first.
     """
     require("cls_token" in arrays, "it has no cls_token; for transformers' names, take timm's copy")
     width = arrays["cls_token"].shape[-1]
@@ -788,7 +784,8 @@ def to_params(arrays, source):
         found[name] = np.asarray(array, np.float32)
     require(not arrays, f"{source} has {[*arrays][:3]}, so it is another kind of model")
     n = sizes["N"] - 1
-    require(math.isqrt(n) ** 2 == n > 0, f"{source}: its {n} patches are not those of a square")
+    square = n > 0 and math.isqrt(n) ** 2 == n
+    require(square, f"{source} is for images of {n} patches, which make no square")
     for name in BLOCK_PARAMETERS:
         blocks = [found.pop(f"Transformer/encoderblock_{i}/{name}") for i in range(depth)]
         found[f"Transformer/encoderblock/{name}"] = np.stack(blocks)  # [L, ...]
@@ -883,7 +880,7 @@ def join_hosts(options):
     jax.config.update("jax_enable_preemption_service", False)
     me = () if address == "auto" else (address, options.num_processes, options.process_id)
     jax.distributed.initialize(*me, heartbeat_timeout_seconds=100)
-    # Hosts have 30 seconds to meet for the first time, so this must not wait for data.
+    # Hosts must first meet within 30 seconds: here, before they load data.
     same_on_all_hosts({name: x for name, x in vars(options).items() if name not in PER_HOST})
 
 
@@ -1159,14 +1156,15 @@ def forward_with_rollout(params, image):
     others by far (arXiv 2309.16588), so 1 is the 99th percentile, and anything above is clipped.
     """
 
+    x = embed(params, image)
+    identity = jnp.eye(x.shape[1])
+
     def apply_block(x_and_reached, block):
         x, reached = x_and_reached
         x, weights = encoder_block(x, block)
-        weights = weights[0].mean(axis=0)  # [A, N, N] -> [N, N]
-        return (x, ((weights + identity) / 2) @ reached), None
+        mixed = (weights[0].mean(axis=0) + identity) / 2  # [A, N, N] -> [N, N]
+        return (x, mixed @ reached), None
 
-    x = embed(params, image)
-    identity = jnp.eye(x.shape[1])
     blocks = params["Transformer"]["encoderblock"]
     (x, reached), _ = jax.lax.scan(apply_block, (x, identity), blocks)
     reached = reached[0, 1:]  # what the class token has of each patch: [N-1]
@@ -1212,8 +1210,7 @@ PRESETS = {"digits": DIGITS, "imagenet2012": {"total_steps": 20_000}}  # replace
 
 def parse_options(argv=None):
     """The command line: DATA, a list of photos or [], and Options. Raises BadInput."""
-    usage, absent = "vit.py [DATA] [--FLAG=VALUE ...]", argparse.SUPPRESS  # if it is not given
-    parser = argparse.ArgumentParser(usage=usage, allow_abbrev=False, argument_default=absent)
+    parser = argparse.ArgumentParser(usage="vit.py [DATA] [--FLAG=VALUE ...]", allow_abbrev=False)
     text = "digits (default), cifar10, cifar100, hf://datasets/OWNER/NAME, a TFDS set, a folder "
     parser.add_argument("data", nargs="*", default=["digits"], help=text + "of images, or photos")
     for field in dataclasses.fields(Options):
@@ -1227,7 +1224,7 @@ def parse_options(argv=None):
     flags["logdir"] = os.path.expanduser(flags.get("logdir", f"runs/{run_name}"))
     preset = PRESETS.get(paths[0].split(":")[0], {})  # "imagenet2012:5.1.0", too
     if photos or "eval_only" in flags:
-        preset = {"image_size": 0}  # as the checkpoint has it
+        preset = preset | {"image_size": 0}  # as the checkpoint has it
     return paths[0], photos, Options(**(preset | flags))
 
 
