@@ -205,7 +205,7 @@ def forward(params, images, dropout_key=None, dropout_rate=0.0, remat=False, fus
     is on. Raises TypeError if the number of patches does not fit the position embeddings.
     """
     blocks = params["Transformer"]["encoderblock"]  # of all L blocks: [L, ...]
-    input_key, block_keys = None, None  # scan slices every leaf; None has none
+    input_key, block_keys = None, None  # None has no leaves: scan accepts it
     if dropout_key is not None:
         keys = jax.random.split(dropout_key, 1 + len(blocks["LayerNorm_0"]["scale"]))
         input_key, block_keys = keys[0], keys[1:]  # [L]
@@ -218,8 +218,8 @@ def forward(params, images, dropout_key=None, dropout_rate=0.0, remat=False, fus
 
     # For the gradient, a block keeps its input and the products x @ kernel of its linear layers.
     # The backward pass computes the rest again, because storing norms, GELU and N x N weights costs
-    # more. With remat, a block keeps its input only. (The policy knows x @ kernel by its lack of
-    # batch dimensions, such as images and heads in q k^T. In a scan, prevent_cse is not needed.)
+    # more. With remat, a block keeps its input only. (The policy keeps products without batch
+    # dimensions: q k^T has two, images and heads. Inside a scan, prevent_cse is not needed.)
     policies = jax.checkpoint_policies
     policy = policies.nothing_saveable if remat else policies.dots_with_no_batch_dims_saveable
     apply_block = jax.checkpoint(apply_block, policy=policy, prevent_cse=False)
@@ -312,12 +312,12 @@ def sgd_init(params):
 def sgd_update(params, momentum, grads, rate, beta=0.9):
     """SGD with momentum, not Nesterov, without weight decay: returns new params and momentum.
 
-    As in the release, momentum is stored in bfloat16; everything else is float32.
+    As in the release, momentum is kept in bfloat16. It is rounded when it is stored, and so is
+    beta * m before it (unless XLA skips that). Everything else is float32.
     """
-    # beta * m is rounded to bfloat16 (but XLA may skip that); the sum with g is float32.
     new = jax.tree.map(lambda m, g: beta * m + g, momentum, grads)
     params = jax.tree.map(lambda p, m: p - rate * m, params, new)
-    return params, jax.tree.map(lambda old, m: m.astype(old.dtype), momentum, new)  # rounded
+    return params, jax.tree.map(lambda old, m: m.astype(old.dtype), momentum, new)
 
 
 # `pmap` compiles a function once and runs it on all devices at the same time. in_axes says what a
@@ -338,8 +338,8 @@ def train_step(state, images, labels, options):
     images: uint8 [local devices, accum_steps, B, H, W, 3]; labels: int32 [local devices,
     accum_steps, B]. Inside, the axis of devices is gone. options: the flags of part 5.
 
-    Random keys depend on seed and step alone. Only `pmean` communicates: it averages loss and
-    gradients over the devices of all hosts, so all compute the same state.
+    Random keys derive from seed, step and, for dropout, the device. Only `pmean` communicates: it
+    averages loss and gradients over the devices of all hosts, so all compute the same state.
     """
     params, step = state["params"], state["step"]
     step_key = jax.random.fold_in(jax.random.key(options.seed), step)
@@ -418,8 +418,8 @@ def to_array(image, size, box=None):
 def inception_crop(rng, width, height):
     """A random box (left, upper, right, lower) in pixels, drawn as TensorFlow does for the release.
 
-    The aspect ratio w / h is uniform from 3/4 to 1.33, and then h among the whole numbers that give
-    5 % of the area or more, and fit. The last place in a row or column is never used.
+    The aspect ratio w / h is uniform from 3/4 to 1.33, then h among the whole numbers with which the
+    box fits and, where that can be, has 5 % of the area. Offsets leave out the last place.
     """
     aspect = rng.uniform(3 / 4, 1.33)
     largest = min(height, int((width + 0.5) / aspect))  # round(largest * aspect) <= width
@@ -469,7 +469,7 @@ def batch_positions(batch_size, accum_steps=1):
 
 def batches(example, indices, ahead=3):
     """For each int array [...] of indices: uint8 [..., size, size, 3] and int32 labels [...]."""
-    # Threads begin to read a batch when it is taken from this generator, `ahead` of its use.
+    # To take a batch from `started` starts its threads; `ahead` batches are kept started.
     started = ((batch.shape, POOL.map(example, batch.ravel().tolist())) for batch in indices)
     waiting = [*itertools.islice(started, ahead)]
     while waiting:
@@ -495,7 +495,7 @@ def evaluate(params, data, options):
 
     # As many images as a micro-batch of training, which fits into the memory of a device.
     batch_size = devices * max(1, options.batch_size // options.accum_steps // devices)
-    positions = batch_positions(batch_size)[:, 0]  # [local devices, B]: accum_steps is 1
+    positions = batch_positions(batch_size)[:, 0]  # [local devices, B]
     starts = range(0, count, batch_size)
     examples = batches(example, (start + positions for start in starts))
     correct, bar = 0, {"delay": 10, "mininterval": 10, "disable": jax.process_index() > 0}
@@ -538,7 +538,7 @@ def train(options, data):
         test = is_last or done % options.eval_every == 0
         if is_first:
             say(f"compiling an update of {options.batch_size} images of {size} x {size} pixels ...")
-            train_step.lower(state, images, labels, options).compile()  # the call below finds it
+            train_step.lower(state, images, labels, options).compile()  # JAX keeps this for below
             timed_step, timed_from = first, time.perf_counter()
         previous_loss = loss
         state, loss, rate = train_step(state, images, labels, options)
@@ -560,7 +560,7 @@ def train(options, data):
             run["rows"].append((done, "", "", "", evaluate(state["params"], data, options)))
             save_run(options, data, state, run)
         if log or test or is_first:
-            timed_step, timed_from = done, time.perf_counter()  # without the evaluation
+            timed_step, timed_from = done, time.perf_counter()  # evaluations do not count
     return jax.device_get(state["params"])
 
 
@@ -614,6 +614,8 @@ class Options:
         require(self.dropout < 1, f"--dropout={self.dropout} must be below 1")
         warm = self.warmup_steps < self.total_steps
         require(warm, f"--warmup_steps={self.warmup_steps} must be below --total_steps")
+        rank = self.process_id < self.num_processes
+        require(rank, f"--process_id={self.process_id} must be below --num_processes")
         fits = self.dtype == "bfloat16" or not self.fused_attention
         require(fits, "--fused_attention needs --dtype=bfloat16")
 
@@ -625,26 +627,26 @@ class Options:
 
 # The Hugging Face hub, or a mirror of it; all tools of the hub look at HF_ENDPOINT.
 HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-# The released models, in timm's copy (the authors' own place is closed since February 2026): which
-# one is pre-trained on ImageNet-21k, and which was then fine-tuned on ImageNet at 384 pixels; orig
+# The released models, in timm's copy (the authors' own place is closed since February 2026): orig
 # are the paper's, augreg the later ones of arXiv 2106.10270.
 RELEASED = {
-    "ViT-Ti_16": ("tiny_patch16", "augreg", "augreg"),
-    "ViT-S_32": ("small_patch32", "augreg", "augreg"),
-    "ViT-S_16": ("small_patch16", "augreg", "augreg"),
-    "ViT-B_32": ("base_patch32", "orig", "augreg"),
-    "ViT-B_16": ("base_patch16", "orig", "orig"),
-    "ViT-B_8": ("base_patch8", "augreg", None),
-    "ViT-L_32": ("large_patch32", "orig", "orig"),
-    "ViT-L_16": ("large_patch16", "orig", "augreg"),
-    "ViT-H_14": ("huge_patch14", "orig", None),
+    # pre-trained on ImageNet-21k; then fine-tuned on ImageNet at 384 pixels
+    "ViT-Ti_16": ("tiny_patch16_224.augreg_in21k", "tiny_patch16_384.augreg_in21k_ft_in1k"),
+    "ViT-S_32": ("small_patch32_224.augreg_in21k", "small_patch32_384.augreg_in21k_ft_in1k"),
+    "ViT-S_16": ("small_patch16_224.augreg_in21k", "small_patch16_384.augreg_in21k_ft_in1k"),
+    "ViT-B_32": ("base_patch32_224.orig_in21k", "base_patch32_384.augreg_in21k_ft_in1k"),
+    "ViT-B_16": ("base_patch16_224.orig_in21k", "base_patch16_384.orig_in21k_ft_in1k"),
+    "ViT-B_8": ("base_patch8_224.augreg_in21k", None),
+    "ViT-L_32": ("large_patch32_224.orig_in21k", "large_patch32_384.orig_in21k_ft_in1k"),
+    "ViT-L_16": ("large_patch16_224.orig_in21k", "large_patch16_384.augreg_in21k_ft_in1k"),
+    "ViT-H_14": ("huge_patch14_224.orig_in21k", None),
 }
 
 
 @contextlib.contextmanager
 def atomic_write(path):
     """Opens a file under another name, and renames it once it is safely on the disk."""
-    partial = Path(f"{path}.{jax.process_index()}-{os.getpid()}.partial")  # a kill leaves it
+    partial = Path(f"{path}.{jax.process_index()}-{os.getpid()}.partial")  # stays after a kill
     partial.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(partial, "wb") as file:
@@ -678,11 +680,9 @@ def pretrained_file(options, fine_tuned=False):
     """The path of what --pretrained names, after a download if need be. Raises BadInput."""
     path = os.path.expanduser(options.pretrained)
     if path == "released":
-        name, *kinds = RELEASED.get(options.model, ("", None, None))
-        kind = kinds[1] if fine_tuned else kinds[0]
-        require(kind, f"--model={options.model} was not released; see RELEASED in vit.py")
-        kind = f"384.{kind}_in21k_ft_in1k" if fine_tuned else f"224.{kind}_in21k"
-        path = f"{HUB}/timm/vit_{name}_{kind}/resolve/main/model.safetensors"
+        name = RELEASED.get(options.model, (None, None))[fine_tuned]  # the first or the second
+        require(name, f"--model={options.model} was not released so; see RELEASED in vit.py")
+        path = f"{HUB}/timm/vit_{name}/resolve/main/model.safetensors"
     return fetch(path, options.data_dir) if re.match("https?://", path) else path
 
 
@@ -724,7 +724,10 @@ def from_timm(arrays):
     width with another number of heads is read wrongly. timm's GELU is the exact one, at most 4.7e-4
     from ours. DeiT and DINO were trained on pixels scaled in another way: fine-tune them first.
     """
-    require("cls_token" in arrays, "it has no cls_token; for transformers' names, take timm's copy")
+    require(
+        "cls_token" in arrays,
+        "its names are not timm's; of the library transformers' models timm has copies",
+    )
     width = arrays["cls_token"].shape[-1]
     heads = {d: a for d, _, a in SIZES.values()}.get(width)
     require(heads, f"its width {width} is not in SIZES, so its number of heads is unknown")
@@ -739,7 +742,7 @@ def from_timm(arrays):
                 part = name.split("/")[-2]
                 array = np.split(array, 3)[["query", "key", "value"].index(part)]
             if name.endswith("kernel"):  # [out, in] -> [in, out]; [D, 3, P, P] -> [P, P, 3, D]
-                array = np.moveaxis(array, (0, 1), (-1, -2))
+                array = np.moveaxis(array, (0, 1), (-1, -2))  # out goes last, in before it
             if "A" in axes:  # the heads get an axis of their own
                 array = array.reshape([sizes[letter] for letter in axes])
             released[name] = array
@@ -768,7 +771,9 @@ def to_params(arrays, source):
     """
     arrays = {k: x for k, x in arrays.items() if not k.startswith(("train/", "class_names"))}
     absent = {"head", "pre_logits"} - {name.split("/")[0] for name in arrays}
-    depth = max(1, sum(name.endswith("/LayerNorm_0/bias") for name in arrays))
+    depth = max(
+        1, sum(name.endswith("/LayerNorm_0/bias") for name in arrays)
+    )  # 1: to miss its names
     sizes, found = {"1": 1, "3": 3}, {}
     for name, axes, _ in rows_of(depth):
         if name.split("/")[0] in absent:
@@ -880,17 +885,15 @@ def join_hosts(options):
     jax.config.update("jax_enable_preemption_service", False)
     me = () if address == "auto" else (address, options.num_processes, options.process_id)
     jax.distributed.initialize(*me, heartbeat_timeout_seconds=100)
-    # Hosts must first meet within 30 seconds: here, before they load data.
+    # The first exchange between hosts may take 30 seconds, so it comes before they load data.
     same_on_all_hosts({name: x for name, x in vars(options).items() if name not in PER_HOST})
 
 
 def replicate(tree):
     """Copies arrays to all devices, for pmap. Raises BadInput if hosts have different ones."""
-    digest = 0
-    for leaf in jax.tree.leaves(tree):
-        digest = zlib.crc32(np.asarray(leaf).tobytes(), digest)
-    same_on_all_hosts({"the CRC-32 of the weights that they start from": digest})
-    # pmap needs an argument with an axis of devices, so it gets a dummy.
+    digests = [zlib.crc32(np.asarray(leaf).tobytes()) for leaf in jax.tree.leaves(tree)]
+    same_on_all_hosts({"the weights that they start from (CRC-32)": digests})
+    # This pmap does nothing but copy. One argument must have an axis of devices: arange.
     copy = jax.pmap(lambda tree, _: tree, "devices", in_axes=(None, 0), out_axes=None)
     return copy(tree, np.arange(jax.local_device_count()))
 
@@ -1045,14 +1048,14 @@ def hub_dataset(name, options):
         files = [fetch(address, options.data_dir) for address in addresses]
         features = json.loads(pq.read_schema(files[0]).metadata[b"huggingface"])["info"]["features"]
         typed = [(x["_type"], column) for column, x in features.items() if "_type" in x]
-        columns = dict(reversed(typed))  # so that the first of a type wins
+        columns = dict(reversed(typed))  # {type: its first column}
         image, label = columns.get("Image"), columns.get("ClassLabel")
         require(image and label, f"{name} has no images with classes, but {columns}")
         rows = pq.read_table(files, columns=[image, label], partitioning=None).to_pylist()
         examples = [{"image": row[image]["bytes"], "label": row[label]} for row in rows]
         return {"examples": examples, "classes": features[label]["names"]}
 
-    split = choose_test_split(name, splits, lambda split: load(split)["examples"][0]["label"])
+    split = choose_test_split(name, splits, lambda x: load(x)["examples"][0]["label"])
     train = load("train")["examples"] if "train" in splits else []
     if split:
         test = load(split)["examples"]
@@ -1078,9 +1081,8 @@ def image_folder(root):
         return items
 
     train, test = find(f"{root}/train"), find(f"{root}/test") or find(f"{root}/val")
-    if not train and not test:
-        passed_over.clear()
-        images = find(root)
+    if not test:
+        images = train or find(root)
         train, test = [x for i, x in enumerate(images) if i % 10], images[::10]
     if passed_over:
         say(f"{root}: passed over {', '.join(f'{n} x {x}' for x, n in passed_over.items())}")
@@ -1115,7 +1117,7 @@ def tfds_dataset(name, options):
     def source(split):  # a sequence of {"image": encoded image, "label": int}
         return builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
 
-    test = choose_test_split(name, splits, lambda split: source(split)[0]["label"])
+    test = choose_test_split(name, splits, lambda x: source(x)[0]["label"])
     train, test = ("train", test) if test else ("train[:90%]", "train[90%:]")
     if builder.name == "imagenet2012":
         train = "train[:99%]"  # as in the release
@@ -1236,9 +1238,9 @@ def evaluate_only(options, data):
         path = pretrained_file(options, fine_tuned=True)
     say(f"testing {path}")
     arrays, classes = read_arrays(path), [*data["classes"]]
-    count = arrays.get("head/bias", np.zeros(0)).size
-    same = count == len(classes) and [*arrays.get("class_names", classes)] == classes
-    require(same, f"{path} has {count} classes, not the {len(classes)} of {data['name']}")
+    same = arrays.get("head/bias", np.zeros(0)).shape == (len(classes),)
+    same = same and [*arrays.get("class_names", classes)] == classes
+    require(same, f"{path} has other classes than {data['name']}, or no head")
     evaluate(replicate(adapt(to_params(arrays, path), options.image_size)), data, options)
 
 
