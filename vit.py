@@ -418,7 +418,7 @@ def to_array(image, size, box=None):
 def inception_crop(rng, width, height):
     """A random box (left, upper, right, lower) in pixels, drawn as TensorFlow does for the release.
 
-    The aspect ratio w / h is uniform from 3/4 to 1.33, then h among the whole numbers with which the
+    The aspect ratio w / h is uniform from 3/4 to 1.33, then h among the whole numbers by which the
     box fits and, where that can be, has 5 % of the area. Offsets leave out the last place.
     """
     aspect = rng.uniform(3 / 4, 1.33)
@@ -724,10 +724,7 @@ def from_timm(arrays):
     width with another number of heads is read wrongly. timm's GELU is the exact one, at most 4.7e-4
     from ours. DeiT and DINO were trained on pixels scaled in another way: fine-tune them first.
     """
-    require(
-        "cls_token" in arrays,
-        "its names are not timm's; of the library transformers' models timm has copies",
-    )
+    require("cls_token" in arrays, "it has no cls_token; for transformers' names, take timm's copy")
     width = arrays["cls_token"].shape[-1]
     heads = {d: a for d, _, a in SIZES.values()}.get(width)
     require(heads, f"its width {width} is not in SIZES, so its number of heads is unknown")
@@ -771,9 +768,7 @@ def to_params(arrays, source):
     """
     arrays = {k: x for k, x in arrays.items() if not k.startswith(("train/", "class_names"))}
     absent = {"head", "pre_logits"} - {name.split("/")[0] for name in arrays}
-    depth = max(
-        1, sum(name.endswith("/LayerNorm_0/bias") for name in arrays)
-    )  # 1: to miss its names
+    depth = max(1, sum(name.endswith("/LayerNorm_0/bias") for name in arrays))
     sizes, found = {"1": 1, "3": 3}, {}
     for name, axes, _ in rows_of(depth):
         if name.split("/")[0] in absent:
