@@ -886,8 +886,8 @@ def join_hosts(options):
 
 def replicate(tree):
     """Copies arrays to all devices, for pmap. Raises BadInput if hosts have different ones."""
-    digests = [zlib.crc32(np.asarray(leaf).tobytes()) for leaf in jax.tree.leaves(tree)]
-    same_on_all_hosts({"the weights that they start from (CRC-32)": digests})
+    checksum = sum(zlib.crc32(np.asarray(leaf).tobytes()) for leaf in jax.tree.leaves(tree))
+    same_on_all_hosts({"the weights that they start from (checksum)": checksum})
     # This pmap does nothing but copy. One argument must have an axis of devices: arange.
     copy = jax.pmap(lambda tree, _: tree, "devices", in_axes=(None, 0), out_axes=None)
     return copy(tree, np.arange(jax.local_device_count()))
