@@ -18,11 +18,10 @@ with these letters: B images of H x W pixels, patches of P x P pixels, N tokens 
 and the class token) of width D, L blocks, A attention heads of E = D/A numbers, M for the width of
 the MLP, K classes.
 
-A little JAX: a *pytree* is a nest of dicts, lists and tuples with arrays in it, like our
-parameters; `jax.tree.map(f, a, b)` applies f leaf by leaf. A *random key* is random state as a
-value: the same key always gives the same numbers; `split` and `fold_in` derive new keys from it.
-`jit`, `pmap` and `scan` *trace* a function: they run it once on placeholders and compile what it
-computes.
+A little JAX: a *pytree* is a nest of dicts, lists and tuples of arrays, like our parameters;
+`jax.tree.map(f, a, b)` applies f leaf by leaf. A *random key* is random state as a value: the same
+key always gives the same numbers; `split` and `fold_in` derive new keys from it. `jit`, `pmap` and
+`scan` *trace* a function: they run it once on placeholders and compile what it computes.
 """
 
 import argparse
@@ -109,11 +108,9 @@ BLOCK_PARAMETERS = {
 def linear(x, kernel, bias):
     """x @ kernel + bias: [..., I] -> [..., O], in the dtype of x.
 
-    I and O may be several axes: kernel [D, A, E] and bias [A, E] make heads; kernel [A, E, D] and
-    bias [D] join them again.
+    I has kernel.ndim - bias.ndim axes; [D, A, E] makes heads of D, [A, E, D] joins them again.
     """
-    axes = kernel.ndim - bias.ndim  # how many are summed over
-    return jnp.tensordot(x, kernel.astype(x.dtype), axes) + bias.astype(x.dtype)
+    return jnp.tensordot(x, kernel.astype(x.dtype), kernel.ndim - bias.ndim) + bias.astype(x.dtype)
 
 
 def layer_norm(x, scale, bias):
@@ -145,10 +142,9 @@ def attention(x, query, key, value, out, fused=False):
     """Multi-head self-attention (paper, appendix A): [B, N, D] -> [B, N, D], and its weights.
 
     query, key, value: kernel [D, A, E] and bias [A, E]; out: kernel [A, E, D] and bias [D]. The
-    weights, float32 [B, A, N, N], say how much each token (row) attends to each (column).
-
-    fused: one kernel of cuDNN computes it all and never writes the weights to memory, so they are
-    returned as None. It needs bfloat16 and an NVIDIA GPU, Ampere or later.
+    weights, float32 [B, A, N, N], say how much each token (row) attends to each (column). fused:
+    one kernel of cuDNN does it all and never writes the weights to memory; None stands for them.
+    It needs bfloat16 and an NVIDIA GPU, Ampere or later.
     """
     q = linear(x, **query)  # [B, N, D] -> [B, N, A, E]
     k = linear(x, **key)
@@ -386,7 +382,6 @@ def eval_step(params, images, labels, options):
 # Data is a dict of "name"; "classes", the names of the K classes; "train" and "test", sequences of
 # items of any kind; "read", a function from an item to (Pillow image in RGB, label from 0 to K-1).
 
-ORDER, CROPS = 0, 1  # two streams of random numbers from one seed
 BILINEAR = Image.Resampling.BILINEAR
 # Pillow does its work in parallel threads, one for each processor that we may use.
 CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -418,7 +413,7 @@ def to_array(image, size, box=None):
 def inception_crop(rng, width, height):
     """A random box (left, upper, right, lower) in pixels, drawn as TensorFlow does for the release.
 
-    The aspect ratio w / h is uniform from 3/4 to 1.33, then h among the whole numbers by which the
+    The aspect ratio w / h is uniform from 3/4 to 1.33, and h among the whole numbers by which the
     box fits and, where that can be, has 5 % of the area. Offsets leave out the last place.
     """
     aspect = rng.uniform(3 / 4, 1.33)
@@ -428,15 +423,14 @@ def inception_crop(rng, width, height):
     if h * round(h * aspect) < 0.05 * width * height:  # rounding has made it too small
         h = min(largest, h + 1)
     w = round(h * aspect)
-    left = int(rng.integers(max(1, width - w)))
-    upper = int(rng.integers(max(1, height - h)))
+    left, upper = rng.integers(max(1, width - w)), rng.integers(max(1, height - h))
     return left, upper, left + w, upper + h
 
 
 @functools.lru_cache(2)  # two epochs, because threads read ahead
 def epoch_order(seed, epoch, count):
     """The order in which an epoch visits count examples: a permutation, int [count]."""
-    return np.random.default_rng([seed, ORDER, epoch]).permutation(count)
+    return np.random.default_rng([seed, 0, epoch]).permutation(count)
 
 
 def training_example(data, options, image_size, index):
@@ -451,19 +445,17 @@ def training_example(data, options, image_size, index):
     require(0 <= label < len(data["classes"]), f"an image has the label {label}: no such class")
     if options.augment == "none":
         return to_array(image, image_size), label
-    rng = np.random.default_rng([options.seed, CROPS, index])
+    rng = np.random.default_rng([options.seed, 1, index])  # 0 is for the order of examples
     pixels = to_array(image, image_size, inception_crop(rng, *image.size))
     return (pixels[:, ::-1] if rng.random() < 0.5 else pixels), label
 
 
 def batch_positions(batch_size, accum_steps=1):
-    """Which examples of a batch this host reads: int [local devices, accum_steps, B].
-
-    One host, 2 devices, a batch of 8 in 2 micro-batches: [[[0 1] [2 3]] [[4 5] [6 7]]].
-    """
+    """Which examples of a batch this host reads: int [local devices, accum_steps, B]."""
     shape = jax.process_count(), jax.local_device_count(), accum_steps
     why = f"--batch_size={batch_size} is not a multiple of hosts x devices x --accum_steps {shape}"
     require(batch_size % math.prod(shape) == 0, why)
+    # One host, 2 devices, a batch of 8 in 2 micro-batches: [[[0 1] [2 3]] [[4 5] [6 7]]].
     return np.arange(batch_size).reshape(*shape, -1)[jax.process_index()]
 
 
@@ -512,9 +504,9 @@ def train(options, data):
 
     The first host writes to options.logdir: first_batch.png (the first eight examples) and, after
     each evaluation, metrics.csv and checkpoint.npz. Stop it however you like, even by kill, and
-    call it again: it goes on from checkpoint.npz. With the same options, devices and versions it
-    ends with the same bits as a run that was never stopped (checked on CPUs). Raises BadInput for
-    what does not fit or cannot be read, and for a loss that is not finite.
+    call it again: it goes on from checkpoint.npz, and ends with the same bits as a run that was
+    never stopped, given the same options, devices and versions (checked on CPUs). Raises BadInput
+    for what does not fit or cannot be read, and for a loss that is not finite.
     """
     require(len(data["train"]), "there are no images for training, only for --eval_only")
     positions = batch_positions(options.batch_size, options.accum_steps)
@@ -614,23 +606,19 @@ class Options:
         require(self.dropout < 1, f"--dropout={self.dropout} must be below 1")
         warm = self.warmup_steps < self.total_steps
         require(warm, f"--warmup_steps={self.warmup_steps} must be below --total_steps")
-        rank = self.process_id < self.num_processes
-        require(rank, f"--process_id={self.process_id} must be below --num_processes")
+        require(self.process_id < self.num_processes, f"--process_id={self.process_id} is too high")
         fits = self.dtype == "bfloat16" or not self.fused_attention
         require(fits, "--fused_attention needs --dtype=bfloat16")
 
 
 # ----------------------------------------------------------------------------------- 6. Checkpoints
 
-# file -> read_arrays -> {released name: array} -> to_params -> params -> adapt -> other params;
-# params -> save_checkpoint -> file.
+# file -> read_arrays -> {released name: array} -> to_params -> params -> adapt -> other params
 
-# The Hugging Face hub, or a mirror of it; all tools of the hub look at HF_ENDPOINT.
-HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-# The released models, in timm's copy (the authors' own place is closed since February 2026): orig
-# are the paper's, augreg the later ones of arXiv 2106.10270.
+HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")  # or a mirror of it
+# The released models, in timm's copy (the authors' own place closed in February 2026): pre-trained
+# on ImageNet-21k; fine-tuned on ImageNet. orig: the paper's; augreg: those of arXiv 2106.10270.
 RELEASED = {
-    # pre-trained on ImageNet-21k; then fine-tuned on ImageNet at 384 pixels
     "ViT-Ti_16": ("tiny_patch16_224.augreg_in21k", "tiny_patch16_384.augreg_in21k_ft_in1k"),
     "ViT-S_32": ("small_patch32_224.augreg_in21k", "small_patch32_384.augreg_in21k_ft_in1k"),
     "ViT-S_16": ("small_patch16_224.augreg_in21k", "small_patch16_384.augreg_in21k_ft_in1k"),
@@ -669,8 +657,7 @@ def fetch(url, data_dir):
             bar = {"total": reply.length, "desc": url, "disable": jax.process_index() > 0}
             with tqdm.wrapattr(reply, "read", **bar) as stream:
                 shutil.copyfileobj(stream, file)
-            missing = reply.length  # http.client counts it down
-            require(not missing, f"it was cut off {missing} bytes before its end")
+            require(not reply.length, f"{reply.length} bytes are missing")  # it counts them down
     except Exception as error:  # networks fail in many ways; 401: needs a login, 404: is not there
         raise BadInput(f"cannot fetch {url} ({error}); by hand, put it at {path}") from error
     return path
@@ -689,22 +676,21 @@ def pretrained_file(options, fine_tuned=False):
 def read_safetensors(path):
     """{name: float32 array} of a .safetensors file that holds F32, F16 or BF16.
 
-    Eight bytes give the length of a JSON header, which says which bytes are which array. They must
-    follow each other to the end of the file. Damage raises many types of exceptions.
+    Eight bytes give the length of a JSON header, which says which bytes of the rest are which
+    array. Damage raises many types of exceptions.
     """
     dtypes = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
     data = np.fromfile(path, np.uint8)
     start = 8 + int.from_bytes(data[:8].tobytes(), "little")
     header, data = json.loads(data[8:start].tobytes()), data[start:]
     header.pop("__metadata__", None)
-    arrays, position = {}, 0
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+    arrays, size = {}, 0
+    for name, entry in header.items():
         begin, end = entry["data_offsets"]
-        require(begin == position, f"{name} does not begin where the array before it ends")
         array = data[begin:end].view(dtypes[entry["dtype"]])
         arrays[name] = array.reshape(entry["shape"]).astype(np.float32)
-        position = end
-    require(position == len(data), f"it has {len(data)} bytes of arrays, not {position}")
+        size += end - begin
+    require(size == len(data), f"it has {len(data)} bytes of arrays, not {size}")
     return arrays
 
 
@@ -762,10 +748,7 @@ def read_arrays(path):
 
 
 def to_params(arrays, source):
-    """{released name: array} -> params, a nested dict of float32 NumPy arrays.
-
-    A head may be absent. Raises BadInput if an array is missing, unknown, misshapen or not finite.
-    """
+    """{released name: array} -> params, a nest of float32 NumPy arrays. Raises BadInput."""
     arrays = {k: x for k, x in arrays.items() if not k.startswith(("train/", "class_names"))}
     absent = {"head", "pre_logits"} - {name.split("/")[0] for name in arrays}
     depth = max(1, sum(name.endswith("/LayerNorm_0/bias") for name in arrays))
@@ -841,8 +824,7 @@ def adapt(params, image_size, num_classes=None):
     require(grid, f"--image_size={image_size} is smaller than a patch of {patch} pixels")
     embeddings = params["Transformer"]["posembed_input"]["pos_embedding"]
     resized = {"pos_embedding": resize_position_embeddings(embeddings, grid)}
-    # New dicts: those of the caller stay as they are.
-    params = params | {"Transformer": params["Transformer"] | {"posembed_input": resized}}
+    params = params | {"Transformer": params["Transformer"] | {"posembed_input": resized}}  # new
     if num_classes:
         params.pop("pre_logits", None)
         kernel, bias = np.zeros((d, num_classes), np.float32), np.zeros(num_classes, np.float32)
@@ -852,10 +834,9 @@ def adapt(params, image_size, num_classes=None):
 
 # ------------------------------------------------------------------------------- 7. Runs and hosts
 
-# A run is what its options and its data define. It is resumed from checkpoint.npz in --logdir.
-# Several hosts run one process each, by the same command except for --process_id. Each reads its
-# own share of the images. Only the first writes; to resume, all must see its --logdir. If one
-# fails, JAX ends the others.
+# A run is what its options and its data define; it is resumed from checkpoint.npz in --logdir.
+# Several hosts run one process each. Each reads its own share of the images; only the first writes,
+# but to resume, all must see its --logdir. If one fails, JAX ends the others.
 
 PER_HOST = {"coordinator_address", "process_id", "logdir", "data_dir"}  # may differ between hosts
 MAY_CHANGE = {"num_processes", "accum_steps", "remat", "fused_attention"}  # when a run is resumed
@@ -932,9 +913,8 @@ def saved_state(arrays, path):
 def start_or_resume(options, data):
     """The state to go on from, on all devices, and the run: its definition, its rows of metrics.
 
-    They come from checkpoint.npz in options.logdir if it is there. Raises BadInput if it is of
-    another run. With another number of devices or accum_steps, sums are rounded in another order,
-    dropout is drawn anew, and mixup pairs other images.
+    They come from checkpoint.npz in options.logdir if it is there. Raises BadInput if that is of
+    another run. With other devices or accum_steps, dropout and mixup draw other numbers.
     """
     if jax.process_index() == 0:
         claim(options.logdir)
@@ -1016,14 +996,12 @@ def choose_test_split(name, splits, first_label):
         if split in splits and first_label(split) >= 0:
             return split
     require("train" in splits, f"{name} has no train, test, validation or val, but {[*splits]}")
-    return None
 
 
 def hub_dataset(name, options):
     """A set of the Hugging Face hub: hf://datasets/OWNER/NAME, or hf://datasets/OWNER/NAME/CONFIG.
 
-    Its Parquet files are downloaded and held in memory. Their first columns of the types Image and
-    ClassLabel are used. Raises BadInput if the hub has no such set.
+    Its Parquet files are held in memory. Raises BadInput if it has no images with classes.
     """
     import pyarrow.parquet as pq
 
@@ -1148,9 +1126,9 @@ def load_data(name, options):
 def forward_with_rollout(params, image):
     """[1, H, W, 3] -> logits [K], and how much of each patch the class token has: [grid, grid].
 
-    Attention rollout (arXiv 2005.00928): the weights, averaged over heads and mixed with the
-    identity for the residual, are multiplied block after block. A few patches often outshine all
-    others by far (arXiv 2309.16588), so 1 is the 99th percentile, and anything above is clipped.
+    Attention rollout (arXiv 2005.00928) multiplies the weights, averaged over heads and mixed with
+    the identity for the residual, block after block. A few patches often outshine all others by far
+    (arXiv 2309.16588), so 1 is the 99th percentile, and anything above is clipped.
     """
 
     x = embed(params, image)
