@@ -682,7 +682,7 @@ def read_safetensors(path):
     dtypes = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
     data = np.fromfile(path, np.uint8)
     start = 8 + int.from_bytes(data[:8].tobytes(), "little")
-    header, data = json.loads(str(data[8:start], "utf-8")), data[start:]
+    header, data = json.loads(str(data[8:start], "ascii")), data[start:]
     header.pop("__metadata__", None)
     arrays, size = {}, 0
     for name, entry in header.items():
