@@ -684,13 +684,12 @@ def read_safetensors(path):
     start = 8 + int.from_bytes(data[:8].tobytes(), "little")
     header, data = json.loads(str(data[8:start], "ascii")), data[start:]
     header.pop("__metadata__", None)
-    arrays, size = {}, 0
+    begins, ends = zip(*sorted(entry["data_offsets"] for entry in header.values()), strict=True)
+    require([*begins, len(data)] == [0, *ends], "its arrays do not follow each other to its end")
+    arrays = {}
     for name, entry in header.items():
-        begin, end = entry["data_offsets"]
-        array = data[begin:end].view(dtypes[entry["dtype"]])
+        array = data[slice(*entry["data_offsets"])].view(dtypes[entry["dtype"]])
         arrays[name] = array.reshape(entry["shape"]).astype(np.float32)
-        size += end - begin
-    require(size == len(data), f"it has {len(data)} bytes of arrays, not {size}")
     return arrays
 
 
