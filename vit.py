@@ -1184,7 +1184,7 @@ PRESETS = {"digits": DIGITS, "imagenet2012": {"total_steps": 20_000}}  # replace
 
 def parse_options(argv=None):
     """The command line: DATA, a list of photos or [], and Options. Raises BadInput."""
-    parser = argparse.ArgumentParser(usage="vit.py [DATA] [--FLAG=VALUE ...]", allow_abbrev=False)
+    parser = argparse.ArgumentParser("vit.py", "vit.py [DATA] [--FLAG ...]", allow_abbrev=False)
     text = "digits (default), cifar10, cifar100, hf://datasets/OWNER/NAME, a TFDS set, a folder "
     parser.add_argument("data", nargs="*", default=["digits"], help=text + "of images, or photos")
     for field in dataclasses.fields(Options):
