@@ -840,6 +840,8 @@ def test_a_set_of_the_hub_is_tested_on_labelled_images_never_trained_on_or_refus
     assert seen(found) == [[*range(20)], [*range(100, 105)]]
     assert seen(load_set(hub, "me/hidden", hidden)) == tenth
     assert seen(load_set(hub, "me/val", hidden | {"val": [greys(100, 3)]}))[1] == [100, 101, 102]
+    both = train | {"validation": [greys(100, 5)], "test": [greys(200, 3)]}
+    assert seen(load_set(hub, "me/both", both))[1] == [200, 201, 202]
     assert seen(load_set(hub, "me/large", train | {"partial-test": [greys(200, 3)]})) == tenth
     assert "partial-test" in capsys.readouterr().out
     only_test = load_set(hub, "me/more/second", {"test": [greys(50, 3)]}, config="second")
