@@ -530,7 +530,8 @@ def train(options, data):
         test = is_last or done % options.eval_every == 0
         if is_first:
             say(f"compiling an update of {options.batch_size} images of {size} x {size} pixels ...")
-            train_step.lower(state, images, labels, options).compile()  # JAX keeps this for below
+            if jax.process_count() == 1:  # JAX 0.8.2 cannot do this for several hosts
+                train_step.lower(state, images, labels, options).compile()  # JAX keeps it
             timed_step, timed_from = first, time.perf_counter()
         previous_loss = loss
         state, loss, rate = train_step(state, images, labels, options)
