@@ -963,6 +963,7 @@ def test_photos_get_five_names_and_a_picture_lit_by_attention_in_any_terminal(pa
         Image.effect_mandelbrot((90, 60), (left, -1, 1, 1), 50).convert("RGB").save(photo)
     monkeypatch.setattr(sys, "argv", ["vit.py", *photos, "--pretrained=x.npz"])
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    monkeypatch.setattr(os, "_exit", sys.exit)  # or a failure would end the tests without a word
     runpy.run_path(vit.__file__, run_name="__main__")
     lines, found = sys.stdout.buffer.getvalue().decode(), []
     for photo in photos:
