@@ -6,22 +6,21 @@
 # ///
 """Vision Transformer (ViT) in pure JAX, in one file: the model, its training, its checkpoints.
 
-It follows "An Image is Worth 16x16 Words" (arXiv 2010.11929, "the paper" below) and the code that
-was published with it, google-research/vision_transformer ("the release"). Run it, read it, copy it:
+It follows "An Image is Worth 16x16 Words" (arXiv 2010.11929, "the paper") and the code published
+with it, google-research/vision_transformer ("the release"). Run it, read it, copy it:
 
     python vit.py digits       # learns to read digits, in half a minute on a CPU
     python vit.py cifar10      # fine-tunes the released ViT-B/16 on CIFAR-10
     python vit.py photo.jpg --pretrained=runs/cifar10/checkpoint.npz
 
-Parts 1 to 4 are the lesson; parts 5 to 10 are what a real program also needs. Shapes are written
-with these letters: B images of H x W pixels, patches of P x P pixels, N tokens (one for each patch,
-and the class token) of width D, L blocks, A attention heads of E = D/A numbers, M for the width of
-the MLP, K classes.
+Parts 1 to 4 are the lesson; parts 5 to 10 are what a real program also needs. The letters of
+shapes: B images of H x W pixels, patches of P x P, N tokens (one for each patch, and the class
+token) of width D, L blocks, A heads of E = D/A numbers, M for the width of the MLP, K classes.
 
 A little JAX: a *pytree* is a nest of dicts, lists and tuples of arrays, like our parameters;
-`jax.tree.map(f, a, b)` applies f leaf by leaf. A *random key* is random state as a value: the same
-key always gives the same numbers; `split` and `fold_in` derive new keys from it. `jit`, `pmap` and
-`scan` *trace* a function: they run it once on placeholders and compile what it computes.
+`jax.tree.map(f, a, b)` applies f leaf by leaf. A *random key* always gives the same numbers;
+`split` and `fold_in` derive new keys from it. `jit`, `pmap` and `scan` *trace* a function: they
+run it once on placeholders and compile what it computes.
 """
 
 import argparse
@@ -50,12 +49,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.nn.initializers import lecun_normal, normal, ones, xavier_uniform, zeros
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
-from tqdm import tqdm  # it comes with tensorflow-datasets, like pyarrow below
+from tqdm import tqdm  # comes with tensorflow-datasets, like pyarrow
 
 # ----------------------------------------------------------------------------------------- 1. Model
 
-SIZES = {  # D, L, A: the paper, table 1; Ti and S: arXiv 2106.10270. In all of them M = 4 D.
+# D, L and A of each size: the paper, table 1; Ti and S: arXiv 2106.10270. M is always 4 D.
+SIZES = {
     "XS": (64, 2, 4),  # ours, to learn digits on a CPU
     "Ti": (192, 12, 3),
     "S": (384, 12, 6),
@@ -63,54 +64,55 @@ SIZES = {  # D, L, A: the paper, table 1; Ti and S: arXiv 2106.10270. In all of 
     "L": (1024, 24, 16),
     "H": (1280, 32, 16),
 }
-initializers = jax.nn.initializers
-# For kernels of L blocks at once: [L, inputs, outputs], [L, D, A, E] and [L, A, E, D].
-xavier = initializers.xavier_uniform(in_axis=1, out_axis=2, batch_axis=0)
-to_heads = initializers.xavier_uniform(in_axis=1, out_axis=(2, 3), batch_axis=0)
-from_heads = initializers.xavier_uniform(in_axis=(1, 2), out_axis=3, batch_axis=0)
+# For the kernels of L blocks at once: [L, D, M] and [L, M, D]; [L, D, A, E]; [L, A, E, D].
+stacked_xavier = functools.partial(xavier_uniform, batch_axis=0)
+xavier = stacked_xavier(in_axis=1, out_axis=2)
+to_heads = stacked_xavier(in_axis=1, out_axis=(2, 3))
+from_heads = stacked_xavier(in_axis=(1, 2), out_axis=3)
 
-# Every parameter has a name in the released checkpoints. Its row holds a letter for each of its
-# axes (1 and 3 stand for themselves), its initializer (None: only ever loaded), its name in timm.
+# Each parameter by its name in the released checkpoints: a letter for each of its axes (1 and 3
+# stand for themselves), its initializer (None: only ever loaded), its name in timm.
 PARAMETERS = {
-    "embedding/kernel": ("PP3D", initializers.lecun_normal((0, 1, 2)), "patch_embed.proj.weight"),
-    "embedding/bias": ("D", initializers.zeros, "patch_embed.proj.bias"),
-    "cls": ("11D", initializers.zeros, "cls_token"),
-    "Transformer/posembed_input/pos_embedding": ("1ND", initializers.normal(0.02), "pos_embed"),
-    "Transformer/encoder_norm/scale": ("D", initializers.ones, "norm.weight"),
-    "Transformer/encoder_norm/bias": ("D", initializers.zeros, "norm.bias"),
-    "pre_logits/kernel": ("DD", None, None),  # only in ImageNet-21k checkpoints of the paper
+    "embedding/kernel": ("PP3D", lecun_normal((0, 1, 2)), "patch_embed.proj.weight"),
+    "embedding/bias": ("D", zeros, "patch_embed.proj.bias"),
+    "cls": ("11D", zeros, "cls_token"),
+    "Transformer/posembed_input/pos_embedding": ("1ND", normal(0.02), "pos_embed"),
+    "Transformer/encoder_norm/scale": ("D", ones, "norm.weight"),
+    "Transformer/encoder_norm/bias": ("D", zeros, "norm.bias"),
+    "pre_logits/kernel": ("DD", None, None),  # only for ImageNet-21k
     "pre_logits/bias": ("D", None, None),
-    "head/kernel": ("DK", initializers.zeros, "head.weight"),
-    "head/bias": ("K", initializers.zeros, "head.bias"),
+    "head/kernel": ("DK", zeros, "head.weight"),
+    "head/bias": ("K", zeros, "head.bias"),
 }
-# The same for one encoder block. A checkpoint has these arrays once for each block, in
+# The same for one block. A checkpoint has these arrays for each block, in
 # Transformer/encoderblock_0/ and so on. In params they are stacked: [L, ...].
 BLOCK_PARAMETERS = {
-    "LayerNorm_0/scale": ("D", initializers.ones, "norm1.weight"),
-    "LayerNorm_0/bias": ("D", initializers.zeros, "norm1.bias"),
+    "LayerNorm_0/scale": ("D", ones, "norm1.weight"),
+    "LayerNorm_0/bias": ("D", zeros, "norm1.bias"),
     "MultiHeadDotProductAttention_1/query/kernel": ("DAE", to_heads, "attn.qkv.weight"),
-    "MultiHeadDotProductAttention_1/query/bias": ("AE", initializers.zeros, "attn.qkv.bias"),
+    "MultiHeadDotProductAttention_1/query/bias": ("AE", zeros, "attn.qkv.bias"),
     "MultiHeadDotProductAttention_1/key/kernel": ("DAE", to_heads, "attn.qkv.weight"),
-    "MultiHeadDotProductAttention_1/key/bias": ("AE", initializers.zeros, "attn.qkv.bias"),
+    "MultiHeadDotProductAttention_1/key/bias": ("AE", zeros, "attn.qkv.bias"),
     "MultiHeadDotProductAttention_1/value/kernel": ("DAE", to_heads, "attn.qkv.weight"),
-    "MultiHeadDotProductAttention_1/value/bias": ("AE", initializers.zeros, "attn.qkv.bias"),
+    "MultiHeadDotProductAttention_1/value/bias": ("AE", zeros, "attn.qkv.bias"),
     "MultiHeadDotProductAttention_1/out/kernel": ("AED", from_heads, "attn.proj.weight"),
-    "MultiHeadDotProductAttention_1/out/bias": ("D", initializers.zeros, "attn.proj.bias"),
-    "LayerNorm_2/scale": ("D", initializers.ones, "norm2.weight"),
-    "LayerNorm_2/bias": ("D", initializers.zeros, "norm2.bias"),
+    "MultiHeadDotProductAttention_1/out/bias": ("D", zeros, "attn.proj.bias"),
+    "LayerNorm_2/scale": ("D", ones, "norm2.weight"),
+    "LayerNorm_2/bias": ("D", zeros, "norm2.bias"),
     "MlpBlock_3/Dense_0/kernel": ("DM", xavier, "mlp.fc1.weight"),
-    "MlpBlock_3/Dense_0/bias": ("M", initializers.normal(1e-6), "mlp.fc1.bias"),
+    "MlpBlock_3/Dense_0/bias": ("M", normal(1e-6), "mlp.fc1.bias"),
     "MlpBlock_3/Dense_1/kernel": ("MD", xavier, "mlp.fc2.weight"),
-    "MlpBlock_3/Dense_1/bias": ("D", initializers.normal(1e-6), "mlp.fc2.bias"),
+    "MlpBlock_3/Dense_1/bias": ("D", normal(1e-6), "mlp.fc2.bias"),
 }
 
 
 def linear(x, kernel, bias):
-    """x @ kernel + bias: [..., I] -> [..., O], in the dtype of x.
+    """x @ kernel + bias: [..., D] -> [..., M] by a kernel [D, M], in the dtype of x.
 
-    I has kernel.ndim - bias.ndim axes; [D, A, E] makes heads of D, [A, E, D] joins them again.
+    A kernel [D, A, E] with a bias [A, E] splits D into heads, one [A, E, D] joins them again.
     """
-    return jnp.tensordot(x, kernel.astype(x.dtype), kernel.ndim - bias.ndim) + bias.astype(x.dtype)
+    kernel, bias = kernel.astype(x.dtype), bias.astype(x.dtype)
+    return jnp.tensordot(x, kernel, kernel.ndim - bias.ndim) + bias
 
 
 def layer_norm(x, scale, bias):
@@ -125,14 +127,15 @@ def dropout(x, dropout_key, rate):
     """With a key, zeroes entries of x with probability rate, divides the others by 1 - rate."""
     if dropout_key is None or rate == 0:
         return x
-    return jnp.where(jax.random.bernoulli(dropout_key, 1 - rate, x.shape), x / (1 - rate), 0)
+    kept = jax.random.bernoulli(dropout_key, 1 - rate, x.shape)
+    return jnp.where(kept, x / (1 - rate), 0)
 
 
 def patch_embedding(images, kernel, bias):
     """Cuts out P x P patches and projects each (paper, eq. 1): [B, H, W, 3] -> [B, N-1, D]."""
     b, h, w, c = images.shape
     patch = kernel.shape[0]  # of [P, P, 3, D]; H and W are multiples of P
-    x = images.reshape(b, h // patch, patch, w // patch, patch, c)  # rows and columns of patches
+    x = images.reshape(b, h // patch, patch, w // patch, patch, c)
     x = x.transpose(0, 1, 3, 2, 4, 5)  # [B, H/P, W/P, P, P, 3]
     x = linear(x, kernel, bias)  # [B, H/P, W/P, D], as by a convolution of stride P
     return x.reshape(b, -1, bias.size)  # [B, N-1, D]
@@ -142,26 +145,26 @@ def attention(x, query, key, value, out, fused=False):
     """Multi-head self-attention (paper, appendix A): [B, N, D] -> [B, N, D], and its weights.
 
     query, key, value: kernel [D, A, E] and bias [A, E]; out: kernel [A, E, D] and bias [D]. The
-    weights, float32 [B, A, N, N], say how much each token (row) attends to each (column). fused:
-    one kernel of cuDNN does it all and never writes the weights to memory; None stands for them.
-    It needs bfloat16 and an NVIDIA GPU, Ampere or later.
+    weights, float32 [B, A, N, N], say how much each token (row) attends to each (column). fused: by
+    one kernel of cuDNN, without weights (None), in bfloat16, on NVIDIA GPUs from Ampere on.
     """
     q = linear(x, **query)  # [B, N, D] -> [B, N, A, E]
     k = linear(x, **key)
     v = linear(x, **value)
     if fused:
-        y, weights = jax.nn.dot_product_attention(q, k, v, implementation="cudnn"), None
+        y = jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+        weights = None
     else:
-        q, k, v = q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, A, N, E]
+        q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # [B, A, N, E]
         scores = jnp.matmul(q, k.swapaxes(2, 3), preferred_element_type=jnp.float32)
         weights = jax.nn.softmax(scores / q.shape[-1] ** 0.5, axis=-1)  # [B, A, N, N]
-        y = (weights.astype(x.dtype) @ v).swapaxes(1, 2)  # [B, A, N, E] -> [B, N, A, E]
-    return linear(y, **out), weights  # [B, N, A, E] -> [B, N, D]
+        y = (weights.astype(v.dtype) @ v).swapaxes(1, 2)  # [B, N, A, E]
+    return linear(y, **out), weights  # [B, N, D]
 
 
 def mlp(x, Dense_0, Dense_1, dropout_key=None, dropout_rate=0.0):
-    """Two linear layers with a GELU between them: [B, N, D] -> [B, N, M] -> [B, N, D]."""
-    x = jax.nn.gelu(linear(x, **Dense_0), approximate=True)  # by tanh, as in the release
+    """Two linear layers, GELU (by tanh, as in the release) between: [B, N, D] -> M -> [B, N, D]."""
+    x = jax.nn.gelu(linear(x, **Dense_0), approximate=True)  # [B, N, M]
     return linear(dropout(x, dropout_key, dropout_rate), **Dense_1)
 
 
@@ -179,15 +182,16 @@ def encoder_block(x, block, dropout_key=None, dropout_rate=0.0, fused=False):
 def embed(params, images):
     """Pixels [B, H, W, 3] in [-1, 1] -> tokens [B, N, D] with positions (paper, eq. 1)."""
     x = patch_embedding(images, **params["embedding"])  # [B, N-1, D]
-    cls = jnp.repeat(params["cls"].astype(x.dtype), len(images), axis=0)  # [B, 1, D]
+    cls = params["cls"].astype(x.dtype).repeat(len(x), axis=0)  # [B, 1, D]
     x = jnp.concatenate([cls, x], axis=1)  # [B, N, D]
-    return x + params["Transformer"]["posembed_input"]["pos_embedding"].astype(x.dtype)
+    positions = params["Transformer"]["posembed_input"]["pos_embedding"]  # [1, N, D]
+    return x + positions.astype(x.dtype)
 
 
 def head(params, x):
     """Tokens after the last block -> logits (paper, eq. 4): [B, N, D] -> [B, K], float32."""
-    x = layer_norm(x[:, 0], **params["Transformer"]["encoder_norm"])  # the class token: [B, D]
-    if "pre_logits" in params:  # in the checkpoints of the paper that know ImageNet-21k's classes
+    x = layer_norm(x[:, 0], **params["Transformer"]["encoder_norm"])  # class token: [B, D]
+    if "pre_logits" in params:
         x = jnp.tanh(linear(x, **params["pre_logits"]))
     return linear(x.astype(jnp.float32), **params["head"])
 
@@ -197,11 +201,11 @@ def forward(params, images, dropout_key=None, dropout_rate=0.0, remat=False, fus
 
     ViT-B/16 at 384 pixels cuts an image into 24 x 24 = 576 patches, and so has N = 577 tokens of
     D = 768 numbers, L = 12 blocks, and A = 12 heads of E = 64: all this is read off the shapes of
-    params. Activations have the dtype of images, float32 or bfloat16. With a dropout_key, dropout
-    is on. Raises TypeError if the number of patches does not fit the position embeddings.
+    params. Activations have the dtype of images, float32 or bfloat16. A dropout_key turns dropout
+    on. Raises TypeError if the number of patches does not fit the position embeddings.
     """
-    blocks = params["Transformer"]["encoderblock"]  # of all L blocks: [L, ...]
-    input_key, block_keys = None, None  # None has no leaves: scan accepts it
+    blocks = params["Transformer"]["encoderblock"]  # [L, ...]
+    input_key, block_keys = None, None
     if dropout_key is not None:
         keys = jax.random.split(dropout_key, 1 + len(blocks["LayerNorm_0"]["scale"]))
         input_key, block_keys = keys[0], keys[1:]  # [L]
@@ -212,15 +216,14 @@ def forward(params, images, dropout_key=None, dropout_rate=0.0, remat=False, fus
         x, _ = encoder_block(x, block, block_key, dropout_rate, fused)
         return x, None
 
-    # For the gradient, a block keeps its input and the products x @ kernel of its linear layers.
-    # The backward pass computes the rest again, because storing norms, GELU and N x N weights costs
-    # more. With remat, a block keeps its input only. (The policy keeps products without batch
-    # dimensions: q k^T has two, images and heads. Inside a scan, prevent_cse is not needed.)
+    # For the gradient, a block keeps its input and the products x @ kernel of its linear layers,
+    # and the backward pass computes all else again: norms, N x N weights, GELU. (q k^T has batch
+    # dimensions, images and heads, and is not kept.) With remat, a block keeps its input only.
     policies = jax.checkpoint_policies
     policy = policies.nothing_saveable if remat else policies.dots_with_no_batch_dims_saveable
     apply_block = jax.checkpoint(apply_block, policy=policy, prevent_cse=False)
     # scan applies it to slice after slice of the stacked blocks, and carries x along. XLA compiles
-    # one block; in a Python loop it would compile all L.
+    # one block instead of L. (prevent_cse is needed outside of a scan only.)
     x, _ = jax.lax.scan(apply_block, x, (blocks, block_keys))
     return head(params, x)
 
@@ -242,12 +245,12 @@ def init_params(key, model, image_size, num_classes):
     """Random params of a model like "ViT-B_16", as in the release: a nested dict of float32."""
     size, patch = model.removeprefix("ViT-").split("_")
     d, depth, heads = SIZES[size]
-    grid = image_size // int(patch)  # patches along a side; pixels left over are not used
-    sizes = {"1": 1, "3": 3, "P": int(patch), "N": 1 + grid * grid, "D": d, "L": depth}
-    sizes |= {"A": heads, "E": d // heads, "M": 4 * d, "K": num_classes}
+    grid = image_size // int(patch)  # patches along a side
+    sizes = {"1": 1, "3": 3, "P": int(patch), "N": 1 + grid * grid, "D": d}
+    sizes |= {"L": depth, "A": heads, "E": d // heads, "M": 4 * d, "K": num_classes}
     table = dict(PARAMETERS)
-    for name, (axes, *row) in BLOCK_PARAMETERS.items():
-        table[f"Transformer/encoderblock/{name}"] = ("L" + axes, *row)
+    for name, (axes, initializer, timm) in BLOCK_PARAMETERS.items():
+        table[f"Transformer/encoderblock/{name}"] = ("L" + axes, initializer, timm)
     arrays = {}
     for i, (name, (axes, initializer, _)) in enumerate(table.items()):
         if initializer:
@@ -276,7 +279,7 @@ def cross_entropy(logits, targets):
 
 
 def mixup(images, targets, lam):
-    """lam * batch + (1 - lam) * reversed batch, of B > 1 (arXiv 1710.09412): [B, ...] -> same."""
+    """lam * batch + (1 - lam) * reversed batch (arXiv 1710.09412), for B > 1: [B, ...]."""
     return tuple(lam * x + (1 - lam) * x[::-1] for x in (images, targets))
 
 
@@ -308,19 +311,19 @@ def sgd_init(params):
 def sgd_update(params, momentum, grads, rate, beta=0.9):
     """SGD with momentum, not Nesterov, without weight decay: returns new params and momentum.
 
-    As in the release, momentum is kept in bfloat16. It is rounded when it is stored, and so is
-    beta * m before it (unless XLA skips that). Everything else is float32.
+    As in the release, momentum is stored in bfloat16, and beta * m is computed in it (unless XLA
+    keeps more bits). The sum with the gradient is float32, and so is what the params get of it.
     """
-    new = jax.tree.map(lambda m, g: beta * m + g, momentum, grads)
-    params = jax.tree.map(lambda p, m: p - rate * m, params, new)
-    return params, jax.tree.map(lambda old, m: m.astype(old.dtype), momentum, new)
+    momentum = jax.tree.map(lambda m, g: beta * m + g, momentum, grads)
+    params = jax.tree.map(lambda p, m: p - rate * m, params, momentum)
+    return params, jax.tree.map(lambda m: m.astype(jnp.bfloat16), momentum)
 
 
 # `pmap` compiles a function once and runs it on all devices at the same time. in_axes says what a
-# device gets of each argument: 0, its own slice along the first axis; None, all of it. By
-# out_axes=None we promise that all devices compute the same result; Python sees one of them. A
-# static argument is a constant for the compiler. A donated one gives its memory to the result, so
-# it must not be used again. (pmap is built on `shard_map`, which new code can use directly.)
+# device gets of each argument: 0, its own slice along the first axis; None, all of it (nothing
+# moves if it is on all devices already). By out_axes=None we promise that all devices compute the
+# same result; Python sees one of them. A static argument is a constant for the compiler. A donated
+# one gives its memory to the result, so it must not be used again.
 on_all_devices = functools.partial(
     jax.pmap, axis_name="devices", in_axes=(None, 0, 0, None), out_axes=None
 )
@@ -332,7 +335,7 @@ def train_step(state, images, labels, options):
 
     state: a dict of params, momentum and step (int32 [], the number of updates before this one).
     images: uint8 [local devices, accum_steps, B, H, W, 3]; labels: int32 [local devices,
-    accum_steps, B]. Inside, the axis of devices is gone. options: the flags of part 5.
+    accum_steps, B], for micro-batches of B. Inside, the axis of devices is gone. options: part 5.
 
     Random keys derive from seed, step and, for dropout, the device. Only `pmean` communicates: it
     averages loss and gradients over the devices of all hosts, so all compute the same state.
@@ -359,8 +362,8 @@ def train_step(state, images, labels, options):
         loss_and_grads = jax.value_and_grad(loss_of)(params, *micro_batch)
         return jax.tree.map(jnp.add, total, loss_and_grads), None
 
-    zeros = (0.0, jax.tree.map(jnp.zeros_like, params))  # loss and gradients
-    (loss, grads), _ = jax.lax.scan(accumulate, zeros, (images, labels, dropout_keys))
+    total = 0.0, jax.tree.map(jnp.zeros_like, params)  # loss and gradients
+    (loss, grads), _ = jax.lax.scan(accumulate, total, (images, labels, dropout_keys))
     loss, grads = jax.lax.pmean((loss, grads), "devices")
     grads = clip_by_global_norm(grads, options.grad_norm_clip)
     rate = learning_rate(
@@ -372,19 +375,21 @@ def train_step(state, images, labels, options):
 
 @functools.partial(on_all_devices, static_broadcasted_argnums=3)
 def eval_step(params, images, labels, options):
-    """Counts the uint8 images [local devices, B, H, W, 3] classified as labelled: int32 []."""
-    logits = forward(params, to_pixels(images, options.dtype), fused=options.fused_attention)
+    """The number of right predictions for uint8 images [local devices, B, H, W, 3]: int32 []."""
+    images = to_pixels(images, options.dtype)
+    logits = forward(params, images, fused=options.fused_attention)
     return jax.lax.psum((logits.argmax(axis=-1) == labels).sum(), "devices")
 
 
 # -------------------------------------------------------------------------------------- 3. Examples
 
-# Data is a dict of "name"; "classes", the names of the K classes; "train" and "test", sequences of
-# items of any kind; "read", a function from an item to (Pillow image in RGB, label from 0 to K-1).
+# Data is a dict: "name"; "classes", a list of the K names; "train" and "test", sequences of items
+# of any kind; "read", a function: item -> (Pillow image in RGB, label from 0 to K-1).
 
 BILINEAR = Image.Resampling.BILINEAR
-# Pillow does its work in parallel threads, one for each processor that we may use.
-CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+CPUS = os.cpu_count()
+if hasattr(os, "sched_getaffinity"):  # on Linux: those that this process may use
+    CPUS = len(os.sched_getaffinity(0))
 POOL = ThreadPoolExecutor(CPUS)
 
 
@@ -405,70 +410,86 @@ def say(line):
 
 
 def to_array(image, size, box=None):
-    """A Pillow image, or a box of it, squeezed into a square: uint8 [size, size, 3]."""
+    """A Pillow image, or a box of it, as uint8 [size, size, 3]."""
     # Bilinear; where an image shrinks, its pixels are averaged, unlike in the release.
     return np.asarray(image.resize((size, size), BILINEAR, box))
 
 
 def inception_crop(rng, width, height):
-    """A random box (left, upper, right, lower) in pixels, drawn as TensorFlow does for the release.
-
-    The aspect ratio w / h is uniform from 3/4 to 1.33, and h among the whole numbers by which the
-    box fits and, where that can be, has 5 % of the area. Offsets leave out the last place.
-    """
-    aspect = rng.uniform(3 / 4, 1.33)
-    largest = min(height, int((width + 0.5) / aspect))  # round(largest * aspect) <= width
-    smallest = min(largest, max(1, round(math.sqrt(0.05 * width * height / aspect))))
+    """A random box (left, upper, right, lower) in pixels, drawn as by TensorFlow in the release."""
+    aspect = rng.uniform(3 / 4, 1.33)  # w / h
+    # h is uniform among the whole numbers for which the box fits, round(h * aspect) <= width, and
+    # has 5 % of the area, if it can. A width that was rounded down may need one pixel more.
+    area = 0.05 * width * height
+    largest = min(height, int((width + 0.5) / aspect))
+    smallest = min(largest, max(1, round(math.sqrt(area / aspect))))
     h = int(rng.integers(smallest, largest, endpoint=True))
-    if h * round(h * aspect) < 0.05 * width * height:  # rounding has made it too small
+    if h * round(h * aspect) < area:
         h = min(largest, h + 1)
     w = round(h * aspect)
-    left, upper = rng.integers(max(1, width - w)), rng.integers(max(1, height - h))
+    left = rng.integers(max(1, width - w))  # the far edge is left out
+    upper = rng.integers(max(1, height - h))
     return left, upper, left + w, upper + h
 
 
-@functools.lru_cache(2)  # two epochs, because threads read ahead
+@functools.lru_cache(2)  # this epoch and the next
 def epoch_order(seed, epoch, count):
     """The order in which an epoch visits count examples: a permutation, int [count]."""
     return np.random.default_rng([seed, 0, epoch]).permutation(count)
 
 
 def training_example(data, options, image_size, index):
-    """Training example number index = step * batch size + place in the batch.
+    """The example at index = step * batch size + place in the batch, of the whole training.
 
     Returns (uint8 [image_size, image_size, 3], label). They depend on nothing but the arguments, so
-    a resumed run sees the same. Raises BadInput for a label not from 0 to K - 1.
+    a resumed run sees the same. Raises BadInput for a label not from 0 to K-1.
     """
-    epoch, place = divmod(index, len(data["train"]))
-    item = data["train"][epoch_order(options.seed, epoch, len(data["train"]))[place]]
+    count = len(data["train"])
+    epoch, place = divmod(index, count)
+    item = data["train"][epoch_order(options.seed, epoch, count)[place]]
     image, label = data["read"](item)
     require(0 <= label < len(data["classes"]), f"an image has the label {label}: no such class")
     if options.augment == "none":
         return to_array(image, image_size), label
-    rng = np.random.default_rng([options.seed, 1, index])  # 0 is for the order of examples
+    rng = np.random.default_rng([options.seed, 1, index])
     pixels = to_array(image, image_size, inception_crop(rng, *image.size))
-    return (pixels[:, ::-1] if rng.random() < 0.5 else pixels), label
+    if rng.random() < 0.5:
+        pixels = pixels[:, ::-1]
+    return pixels, label
 
 
 def batch_positions(batch_size, accum_steps=1):
-    """Which examples of a batch this host reads: int [local devices, accum_steps, B]."""
+    """Which examples of a batch this host reads: int [local devices, accum_steps, B].
+
+    One host, 2 devices, a batch of 8 in 2 micro-batches: [[[0 1] [2 3]] [[4 5] [6 7]]]. Raises
+    BadInput if the batch cannot be divided so.
+    """
     shape = jax.process_count(), jax.local_device_count(), accum_steps
-    why = f"--batch_size={batch_size} is not a multiple of hosts x devices x --accum_steps {shape}"
-    require(batch_size % math.prod(shape) == 0, why)
-    # One host, 2 devices, a batch of 8 in 2 micro-batches: [[[0 1] [2 3]] [[4 5] [6 7]]].
-    return np.arange(batch_size).reshape(*shape, -1)[jax.process_index()]
+    if batch_size % math.prod(shape):
+        factors = f"hosts x devices x --accum_steps {shape}"
+        raise BadInput(f"--batch_size={batch_size} is not a multiple of {factors}")
+    positions = np.arange(batch_size).reshape(*shape, -1)
+    return positions[jax.process_index()]
 
 
 def batches(example, indices, ahead=3):
-    """For each int array [...] of indices: uint8 [..., size, size, 3] and int32 labels [...]."""
-    # To take a batch from `started` starts its threads; `ahead` batches are kept started.
-    started = ((batch.shape, POOL.map(example, batch.ravel().tolist())) for batch in indices)
-    waiting = [*itertools.islice(started, ahead)]
+    """For each int array [...] of indices: uint8 [..., size, size, 3] and int32 labels [...].
+
+    Threads read parts of up to `ahead` batches in advance: Pillow releases Python's lock.
+    """
+
+    def read(part):
+        return [example(i) for i in part.tolist()]
+
+    # A generator: a batch goes to the threads when it is taken from here.
+    started = ((x.shape, POOL.map(read, np.array_split(x.ravel(), CPUS))) for x in indices)
+    waiting = collections.deque(itertools.islice(started, ahead))
     while waiting:
-        shape, examples = waiting.pop(0)
-        images, labels = zip(*examples, strict=True)  # waits for those that are not ready
-        waiting += itertools.islice(started, 1)
-        yield np.stack(images).reshape(*shape, *images[0].shape), np.int32(labels).reshape(shape)
+        shape, parts = waiting.popleft()
+        images, labels = zip(*itertools.chain(*parts), strict=True)
+        waiting.extend(itertools.islice(started, 1))
+        images = np.stack(images)
+        yield images.reshape(*shape, *images.shape[1:]), np.int32(labels).reshape(shape)
 
 
 # -------------------------------------------------------------------------------------- 4. Training
@@ -476,8 +497,7 @@ def batches(example, indices, ahead=3):
 
 def evaluate(params, data, options):
     """Top-1 accuracy on the test images, from 0 to 1. params: on all devices, see `replicate`."""
-    count, size, devices = len(data["test"]), image_size_of(params), jax.device_count()
-    same_on_all_hosts({"number of test images": count})
+    count, size = len(data["test"]), image_size_of(params)
 
     def example(i):
         if i >= count:  # fills the last batch; label -1 never equals a prediction
@@ -485,75 +505,75 @@ def evaluate(params, data, options):
         image, label = data["read"](data["test"][i])
         return to_array(image, size), label
 
-    # As many images as a micro-batch of training, which fits into the memory of a device.
-    batch_size = devices * max(1, options.batch_size // options.accum_steps // devices)
+    # As many images at a time as in a micro-batch of training, or one on each device.
+    devices = jax.device_count()
+    per_device = max(1, options.batch_size // options.accum_steps // devices)
+    batch_size = per_device * devices
     positions = batch_positions(batch_size)[:, 0]  # [local devices, B]
     starts = range(0, count, batch_size)
     examples = batches(example, (start + positions for start in starts))
-    correct, bar = 0, {"delay": 10, "mininterval": 10, "disable": jax.process_index() > 0}
+    bar = {"delay": 10, "mininterval": 10, "disable": jax.process_index() > 0}
+    right = 0
     for images, labels in tqdm(examples, "evaluating", len(starts), **bar):
-        previous = correct
-        correct = previous + eval_step(params, images, labels, options)
-        jax.block_until_ready(previous)  # as in `train`, at most two batches are on the device
-    say(f"test accuracy {int(correct) / count:.2%} of {count} images")
-    return int(correct) / count
+        before = right
+        right = before + eval_step(params, images, labels, options)
+        jax.block_until_ready(before)  # so at most two batches wait there
+    accuracy = int(right) / count
+    say(f"test accuracy {accuracy:.2%} of {count} images")
+    return accuracy
 
 
 def train(options, data):
     """Trains on data and returns params as NumPy arrays.
 
     The first host writes to options.logdir: first_batch.png (the first eight examples) and, after
-    each evaluation, metrics.csv and checkpoint.npz. Stop it however you like, even by kill, and
-    call it again: it goes on from checkpoint.npz, and ends with the same bits as a run that was
-    never stopped, given the same options, devices and versions (checked on CPUs). Raises BadInput
-    for what does not fit or cannot be read, and for a loss that is not finite.
+    each evaluation, metrics.csv and checkpoint.npz. A kill costs the updates since then: call it
+    again, and it goes on. On CPUs, with the same options, devices and versions, it ends with the
+    same bits as a run that was never stopped. Raises BadInput, also for a loss that is not finite.
     """
     require(len(data["train"]), "there are no images for training, only for --eval_only")
     positions = batch_positions(options.batch_size, options.accum_steps)
-    can_mix = positions.shape[-1] > 1 or not options.mixup_alpha
-    require(can_mix, "--mixup_alpha needs two images at a time on each device: lower --accum_steps")
-    state, run = start_or_resume(options, data)  # from checkpoint.npz, or new: part 7
-    first, total, size = int(state["step"]), options.total_steps, image_size_of(state["params"])
+    state, run = start_or_resume(options, data)  # part 7
+    first, total = int(state["step"]), options.total_steps
+    size = image_size_of(state["params"])
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     say(f"{options.logdir}: step {first} of {total}, on {devices}")
-    if first == total:
-        say("this run is complete; metrics.csv has its accuracy, --eval_only tests it again")
     example = functools.partial(training_example, data, options, size)
     if jax.process_index() == 0:
-        first_examples = np.hstack([example(i)[0] for i in range(8)])
-        Image.fromarray(first_examples).save(f"{options.logdir}/first_batch.png")
+        images = [example(i)[0] for i in range(8)]
+        Image.fromarray(np.hstack(images)).save(f"{options.logdir}/first_batch.png")
     indices = (step * options.batch_size + positions for step in range(first, total))
-    loss = 0.0  # before the first update there is nothing to wait for
+    say("this run is complete" if first == total else f"compiling for images of {size} pixels ...")
+    loss = 0.0
     for done, (images, labels) in enumerate(batches(example, indices), first + 1):
         is_first, is_last = done == first + 1, done == total
-        log = is_last or done % options.log_every == 0
-        test = is_last or done % options.eval_every == 0
-        if is_first:
-            say(f"compiling an update of {options.batch_size} images of {size} x {size} pixels ...")
-            if jax.process_count() == 1:  # JAX 0.8.2 cannot do this for several hosts
-                train_step.lower(state, images, labels, options).compile()  # JAX keeps it
-            timed_step, timed_from = first, time.perf_counter()
         previous_loss = loss
         state, loss, rate = train_step(state, images, labels, options)
-        # train_step returns at once, before anything is computed. To wait for the update before
-        # this one keeps the devices busy, and their queue short.
+        if is_first:  # it is compiled, and has begun to run
+            clock, clock_step = time.perf_counter(), first
+        # train_step returns before anything is computed. To wait for the update before this one
+        # keeps one update in the queue: devices never idle, and batches do not pile up on them.
         jax.block_until_ready(previous_loss)
+        log = is_last or done % options.log_every == 0
+        test = is_last or done % options.eval_every == 0
         if log or is_first:
             value, rate = float(loss), float(rate)  # this waits for the update
             require(math.isfinite(value), f"the loss of step {done} is {value}; lower --base_lr")
-            seconds = (time.perf_counter() - timed_from) / (done - timed_step)  # of one update
-            speed, left = options.batch_size / seconds, round(seconds * (total - done))
-            pace = f"{speed:.1f} images/s  {timedelta(seconds=left)} left, plus evaluations"
+            seconds = (time.perf_counter() - clock) / (done - clock_step)  # per update
+            speed = options.batch_size / seconds
+            left = timedelta(seconds=round(seconds * (total - done)))
+            pace = f"{speed:.1f} images/s  {left} left, plus evaluations"
             say(f"step {done}/{total}  loss {value:.4f}  lr {rate:.2e}  {pace}")
-            if is_first and left > 3600 and jax.default_backend() == "cpu":
+            if is_first and left > timedelta(hours=1) and jax.default_backend() == "cpu":
                 say("no GPU or TPU was found; for a CPU: --model=ViT-Ti_16 --image_size=224")
         if log:
             run["rows"].append((done, value, rate, speed, ""))
         if test:
-            run["rows"].append((done, "", "", "", evaluate(state["params"], data, options)))
-            save_run(options, data, state, run)
-        if log or test or is_first:
-            timed_step, timed_from = done, time.perf_counter()  # evaluations do not count
+            accuracy = evaluate(state["params"], data, options)
+            run["rows"].append((done, "", "", "", accuracy))
+            save_run(options, state, run)
+        if log or test or is_first:  # the clock leaves evaluations out
+            clock, clock_step = time.perf_counter(), done
     return jax.device_get(state["params"])
 
 
@@ -562,42 +582,42 @@ def train(options, data):
 
 def option(default, help, **more):
     """A field of Options: its default, its help text, and further arguments for argparse."""
-    about = {"help": f"{help} ({default})", "default": argparse.SUPPRESS}  # absent if not given
-    return dataclasses.field(default=default, metadata=about | more)
+    more |= {"help": f"{help} ({default})", "default": argparse.SUPPRESS}  # not given: absent
+    return dataclasses.field(default=default, metadata=more)
 
 
-@dataclasses.dataclass(frozen=True)  # and so hashable, as static arguments must be
+@dataclasses.dataclass(frozen=True)  # so that it can be a static argument
 class Options:
     """All flags. Defaults are the release's, where it has the option. Raises BadInput."""
 
-    model: str = option("ViT-B_16", "ViT-SIZE_PATCH, if --pretrained is released or none")
-    pretrained: str = option("released", "released, none, or a checkpoint's file or address")
-    image_size: int = option(384, "in pixels, rounded down to whole patches; 0: the checkpoint's")
+    model: str = option("ViT-B_16", "ViT-SIZE_PATCH, for --pretrained=released or none")
+    pretrained: str = option("released", "released, none, a file or an address")
+    image_size: int = option(384, "pixels, in whole patches; 0: the checkpoint's")
     dtype: str = option("float32", "of activations", choices=("float32", "bfloat16"))
-    batch_size: int = option(512, "images per update, over all devices and hosts")
+    batch_size: int = option(512, "images per update, on all devices")
     accum_steps: int = option(8, "micro-batches per update")
     total_steps: int = option(10_000, "number of updates")
-    warmup_steps: int = option(500, "updates during which the learning rate rises")
+    warmup_steps: int = option(500, "updates while the rate rises")
     base_lr: float = option(0.03, "learning rate after the warm-up")
     decay_type: str = option("cosine", "decay of the rate", choices=("cosine", "linear"))
     grad_norm_clip: float = option(1.0, "maximum global norm of the gradients")
     dropout: float = option(0.0, "dropout rate")
-    mixup_alpha: float = option(0.0, "blend images by Beta(alpha, alpha); 0: off")
+    mixup_alpha: float = option(0.0, "blend images by Beta(alpha, alpha)")
     augment: str = option("inception", "random crops and flips", choices=("inception", "none"))
     seed: int = option(0, "random seed")
-    logdir: str = option("runs", "folder of the run; on the command line runs/DATA")
-    data_dir: str = option("~/tensorflow_datasets", "folder of datasets and downloads")
+    logdir: str = option("runs", "folder of the run; by default runs/DATA")
+    data_dir: str = option("~/tensorflow_datasets", "folder of TFDS and downloads")
     log_every: int = option(10, "updates between lines of progress")
-    eval_every: int = option(100, "updates between evaluations, each followed by a checkpoint")
-    eval_only: bool = option(False, "only test the run in --logdir, or else --pretrained")
+    eval_every: int = option(100, "updates between evaluations and checkpoints")
+    eval_only: bool = option(False, "test the run in --logdir, or else --pretrained")
     remat: bool = option(False, "recompute blocks to save memory")
-    fused_attention: bool = option(False, "cuDNN's: for bfloat16, on NVIDIA GPUs from Ampere on")
+    fused_attention: bool = option(False, "cuDNN's, on NVIDIA from Ampere on")
     coordinator_address: str = option("", "HOST:PORT of the first host, or auto")
     num_processes: int = option(1, "number of hosts")
     process_id: int = option(0, "rank of this host, from 0")
 
     def __post_init__(self):
-        from_1 = ("batch_size", "accum_steps", "total_steps", "log_every", "eval_every")
+        from_1 = ["batch_size", "accum_steps", "total_steps", "log_every", "eval_every"]
         for name, value in vars(self).items():
             least = 1 if name in from_1 else 0
             allowed = isinstance(value, str) or least <= value < 2**31
@@ -605,20 +625,22 @@ class Options:
         model = re.fullmatch(rf"ViT-({'|'.join(SIZES)})_[1-9]\d*", self.model)
         require(model, f"--model={self.model} is not like ViT-B_16, with a size of {[*SIZES]}")
         require(self.dropout < 1, f"--dropout={self.dropout} must be below 1")
-        warm = self.warmup_steps < self.total_steps
-        require(warm, f"--warmup_steps={self.warmup_steps} must be below --total_steps")
-        require(self.process_id < self.num_processes, f"--process_id={self.process_id} is too high")
-        fits = self.dtype == "bfloat16" or not self.fused_attention
-        require(fits, "--fused_attention needs --dtype=bfloat16")
+        require(self.grad_norm_clip > 0, "--grad_norm_clip must be above 0")
+        warms_up = self.warmup_steps < self.total_steps
+        require(warms_up, f"--warmup_steps={self.warmup_steps} must be below --total_steps")
+        is_host = self.process_id < self.num_processes
+        require(is_host, f"--process_id={self.process_id} must be below --num_processes")
+        can_fuse = self.dtype == "bfloat16" or not self.fused_attention
+        require(can_fuse, "--fused_attention needs --dtype=bfloat16")
 
 
 # ----------------------------------------------------------------------------------- 6. Checkpoints
 
 # file -> read_arrays -> {released name: array} -> to_params -> params -> adapt -> other params
 
-HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")  # or a mirror of it
-# The released models, in timm's copy (the authors' own place closed in February 2026): pre-trained
-# on ImageNet-21k; fine-tuned on ImageNet. orig: the paper's; augreg: those of arXiv 2106.10270.
+HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+# The released models in timm's copy: pre-trained on ImageNet-21k, and then fine-tuned on ImageNet.
+# orig: the paper's; augreg: those of arXiv 2106.10270.
 RELEASED = {
     "ViT-Ti_16": ("tiny_patch16_224.augreg_in21k", "tiny_patch16_384.augreg_in21k_ft_in1k"),
     "ViT-S_32": ("small_patch32_224.augreg_in21k", "small_patch32_384.augreg_in21k_ft_in1k"),
@@ -635,7 +657,7 @@ RELEASED = {
 @contextlib.contextmanager
 def atomic_write(path):
     """Opens a file under another name, and renames it once it is safely on the disk."""
-    partial = Path(f"{path}.{jax.process_index()}-{os.getpid()}.partial")  # stays after a kill
+    partial = Path(f"{path}.{jax.process_index()}-{os.getpid()}.partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(partial, "wb") as file:
@@ -655,11 +677,10 @@ def fetch(url, data_dir):
         return path
     try:
         with urllib.request.urlopen(url, timeout=60) as reply, atomic_write(path) as file:
-            bar = {"total": reply.length, "desc": url, "disable": jax.process_index() > 0}
-            with tqdm.wrapattr(reply, "read", **bar) as stream:
+            with tqdm.wrapattr(reply, "read", total=reply.length, desc=url) as stream:
                 shutil.copyfileobj(stream, file)
-            require(not reply.length, f"{reply.length} bytes are missing")  # it counts them down
-    except Exception as error:  # networks fail in many ways; 401: needs a login, 404: is not there
+            require(not reply.length, f"{reply.length} bytes are missing")
+    except Exception as error:  # networks fail in many ways
         raise BadInput(f"cannot fetch {url} ({error}); by hand, put it at {path}") from error
     return path
 
@@ -668,25 +689,26 @@ def pretrained_file(options, fine_tuned=False):
     """The path of what --pretrained names, after a download if need be. Raises BadInput."""
     path = os.path.expanduser(options.pretrained)
     if path == "released":
-        name = RELEASED.get(options.model, (None, None))[fine_tuned]  # the first or the second
-        require(name, f"--model={options.model} was not released so; see RELEASED in vit.py")
+        pretrained, tuned = RELEASED.get(options.model, (None, None))
+        name = tuned if fine_tuned else pretrained
+        require(name, f"--model={options.model} is not among the released: {[*RELEASED]}")
         path = f"{HUB}/timm/vit_{name}/resolve/main/model.safetensors"
     return fetch(path, options.data_dir) if re.match("https?://", path) else path
 
 
 def read_safetensors(path):
-    """{name: float32 array} of a .safetensors file that holds F32, F16 or BF16.
-
-    Eight bytes give the length of a JSON header, which says which bytes of the rest are which
-    array. Damage raises many types of exceptions.
-    """
+    """{name: float32 array} of a .safetensors file. Damage raises a dozen types of exceptions."""
+    # Eight bytes give the length of a JSON header, which says where in the rest an array lies.
     dtypes = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
     data = np.fromfile(path, np.uint8)
     start = 8 + int.from_bytes(data[:8].tobytes(), "little")
-    header, data = json.loads(str(data[8:start], "ascii")), data[start:]
+    header = json.loads(str(data[8:start], "ascii"))
     header.pop("__metadata__", None)
-    begins, ends = zip(*sorted(entry["data_offsets"] for entry in header.values()), strict=True)
-    require([*begins, len(data)] == [0, *ends], "its arrays do not follow each other to its end")
+    data = data[start:]
+    offsets = sorted(entry["data_offsets"] for entry in header.values())
+    begins, ends = zip(*offsets, strict=True)
+    in_a_row = [*begins, len(data)] == [0, *ends]
+    require(in_a_row, "its arrays do not follow each other to its end")
     arrays = {}
     for name, entry in header.items():
         array = data[slice(*entry["data_offsets"])].view(dtypes[entry["dtype"]])
@@ -710,22 +732,22 @@ def from_timm(arrays):
     width with another number of heads is read wrongly. timm's GELU is the exact one, at most 4.7e-4
     from ours. DeiT and DINO were trained on pixels scaled in another way: fine-tune them first.
     """
-    require("cls_token" in arrays, "it has no cls_token; for transformers' names, take timm's copy")
+    require("cls_token" in arrays, "no cls_token: of transformers? timm has a copy of each model")
     width = arrays["cls_token"].shape[-1]
     heads = {d: a for d, _, a in SIZES.values()}.get(width)
-    require(heads, f"its width {width} is not in SIZES, so its number of heads is unknown")
+    require(heads, f"its width {width} is not in SIZES: how many heads?")
     sizes = {"D": width, "A": heads, "E": width // heads}
     depth = sum(name.endswith("norm1.bias") for name in arrays)
-    released = dict(arrays)  # names that are not timm's stay, for `to_params` to refuse
+    known = {timm for _, _, timm in rows_of(depth)}
+    released = {name: x for name, x in arrays.items() if name not in known}  # to be refused
     for name, axes, timm in rows_of(depth):
         if timm in arrays:  # pre_logits never is, and in some files no head
             array = arrays[timm]
-            released.pop(timm, None)
             if ".qkv." in timm:  # query, key and value in one: [3D, D] or [3D]
-                part = name.split("/")[-2]
-                array = np.split(array, 3)[["query", "key", "value"].index(part)]
+                part = ["query", "key", "value"].index(name.split("/")[-2])
+                array = np.split(array, 3)[part]
             if name.endswith("kernel"):  # [out, in] -> [in, out]; [D, 3, P, P] -> [P, P, 3, D]
-                array = np.moveaxis(array, (0, 1), (-1, -2))  # out goes last, in before it
+                array = np.moveaxis(array, (0, 1), (-1, -2))
             if "A" in axes:  # the heads get an axis of their own
                 array = array.reshape([sizes[letter] for letter in axes])
             released[name] = array
@@ -739,12 +761,14 @@ def read_arrays(path):
             is_npz = file.read(2) == b"PK"
         if not is_npz:
             return from_timm(read_safetensors(path))
+        arrays = {}
         with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()  # read() checks the CRC-32, before NumPy sees the bytes
-            return {x.removesuffix(".npy"): np.load(io.BytesIO(archive.read(x))) for x in names}
-    except Exception as error:  # damaged bytes raise a dozen types in zipfile, zlib, NumPy, json
-        what = f"{path} is not an .npz or timm's .safetensors"
-        raise BadInput(f"{what} ({str(error)[:300]})") from error
+            for name in archive.namelist():
+                file = io.BytesIO(archive.read(name))  # this checks the CRC-32
+                arrays[name.removesuffix(".npy")] = np.load(file)
+        return arrays
+    except Exception as error:  # damaged bytes raise a dozen types
+        raise BadInput(f"{path} is neither .npz nor timm's .safetensors ({error})") from error
 
 
 def to_params(arrays, source):
@@ -758,10 +782,10 @@ def to_params(arrays, source):
             continue
         require(name in arrays, f"{source} has no {name}")
         array = arrays.pop(name)
-        # The first array with a letter binds it to a size, and all later ones must agree.
-        pairs = zip(axes, array.shape, strict=False)
-        fits = array.ndim == len(axes) and all(sizes.setdefault(x, n) == n for x, n in pairs)
-        require(fits, f"{source}: {name} has the shape {array.shape}, not {axes} as in {sizes}")
+        for letter, n in zip(axes, array.shape, strict=False):
+            sizes.setdefault(letter, n)  # the first array with a letter binds it
+        shape = tuple(sizes.get(letter) for letter in axes)
+        require(array.shape == shape, f"{source}: {name} has the shape {array.shape}, not {shape}")
         finite = array.dtype.kind == "f" and np.isfinite(array).all()
         require(finite, f"{source}: {name} does not hold finite numbers only")
         found[name] = np.asarray(array, np.float32)
@@ -783,7 +807,7 @@ def load_checkpoint(path):
 def flatten(tree):
     """{"a": {"b": x, "c": y}} -> {"a/b": x, "a/c": y}: the inverse of `nest`."""
     leaves = jax.tree.leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    return {"/".join(key.key for key in path): leaf for path, leaf in leaves}
 
 
 def save_checkpoint(path, params, **more):
@@ -791,9 +815,11 @@ def save_checkpoint(path, params, **more):
     arrays = {}
     for name, array in flatten(jax.device_get(params)).items():
         require(np.isfinite(array).all(), f"{name} is not finite, {path} stays as it was")
-        blocks = array if "/encoderblock/" in name else [array]
-        for i, block in enumerate(blocks):  # a name without encoderblock stays as it is
-            arrays[name.replace("encoderblock/", f"encoderblock_{i}/")] = block
+        if "/encoderblock/" in name:
+            for i, block in enumerate(array):
+                arrays[name.replace("encoderblock", f"encoderblock_{i}")] = block
+        else:
+            arrays[name] = array
     with atomic_write(path) as file:
         np.savez(file, **arrays, **more)
 
@@ -805,12 +831,12 @@ def resize_position_embeddings(embeddings, grid):
     """
     old = math.isqrt(embeddings.shape[1] - 1)
     patches = embeddings[0, 1:].reshape(old, old, -1)  # [g, g, D]
-    new = np.linspace(0, old - 1, grid)  # coordinates of new rows and columns among the old
-    # For each new one, the weights of the old: a row at 2.3 is 0.7 of row 2 and 0.3 of row 3.
+    # Where new rows and columns lie among the old. One at 2.3 is 0.7 of row 2 and 0.3 of row 3.
+    new = np.linspace(0, old - 1, grid)
     bilinear = np.maximum(0, 1 - abs(new[:, None] - np.arange(old)))  # [grid, g]
     patches = np.einsum("ia,jb,abd->ijd", bilinear, bilinear, patches, optimize=True)
     patches = patches.reshape(1, grid * grid, -1).astype(np.float32)
-    return np.concatenate([embeddings[:, :1], patches], axis=1)  # the class token's stays
+    return np.concatenate([embeddings[:, :1], patches], axis=1)
 
 
 def adapt(params, image_size, num_classes=None):
@@ -824,11 +850,12 @@ def adapt(params, image_size, num_classes=None):
     require(grid, f"--image_size={image_size} is smaller than a patch of {patch} pixels")
     embeddings = params["Transformer"]["posembed_input"]["pos_embedding"]
     resized = {"pos_embedding": resize_position_embeddings(embeddings, grid)}
-    params = params | {"Transformer": params["Transformer"] | {"posembed_input": resized}}  # new
+    transformer = params["Transformer"] | {"posembed_input": resized}
+    params = params | {"Transformer": transformer}  # a copy
     if num_classes:
         params.pop("pre_logits", None)
-        kernel, bias = np.zeros((d, num_classes), np.float32), np.zeros(num_classes, np.float32)
-        params["head"] = {"kernel": kernel, "bias": bias}
+        kernel = np.zeros((d, num_classes), np.float32)
+        params["head"] = {"kernel": kernel, "bias": np.zeros(num_classes, np.float32)}
     return params
 
 
@@ -837,17 +864,18 @@ def adapt(params, image_size, num_classes=None):
 # A run is what its options and its data define; it is resumed from checkpoint.npz in --logdir.
 # Several hosts run one process each. Each reads its own share of the images; only the first writes,
 # but to resume, all must see its --logdir. If one fails, JAX ends the others.
-
-PER_HOST = {"coordinator_address", "process_id", "logdir", "data_dir"}  # may differ between hosts
-MAY_CHANGE = {"num_processes", "accum_steps", "remat", "fused_attention"}  # when a run is resumed
-MAY_CHANGE |= {"log_every", "eval_every", "eval_only"} | PER_HOST
+# What may differ between hosts; and what, besides, when a run is resumed:
+PER_HOST = {"coordinator_address", "process_id", "logdir", "data_dir"}
+MAY_CHANGE = PER_HOST | {"num_processes", "accum_steps", "remat", "fused_attention"}
+MAY_CHANGE |= {"log_every", "eval_every", "eval_only"}
 
 
 def same_on_all_hosts(values):
     """Raises BadInput, on every host, naming the first of the values that differs between hosts."""
-    digests = np.uint32([zlib.crc32(repr(value).encode()) for value in values.values()])
-    everywhere = multihost_utils.process_allgather(digests).reshape(-1, len(values))  # [hosts, n]
-    for (name, value), column in zip(values.items(), everywhere.T, strict=True):
+    checksums = [zlib.crc32(repr(value).encode()) for value in values.values()]
+    everywhere = multihost_utils.process_allgather(np.uint32(checksums))
+    columns = everywhere.reshape(-1, len(values)).T  # [values, hosts]
+    for (name, value), column in zip(values.items(), columns, strict=True):
         require(np.ptp(column) == 0, f"the hosts differ in {name}, here {str(value)[:200]}")
 
 
@@ -855,21 +883,20 @@ def join_hosts(options):
     """Connects this host with all others. Raises BadInput if their options are not the same."""
     address = options.coordinator_address
     known = re.fullmatch(r"auto|.+:\d+", address)
-    require(known, f"--coordinator_address={address} must be HOST:PORT of the first host, or auto")
+    require(known, f"--coordinator_address={address} is not HOST:PORT of the first host, or auto")
     print(f"waiting for all hosts at {address}, five minutes at most", flush=True)
     # JAX's preemption service would catch SIGTERM, by which `kill` ends a process.
     jax.config.update("jax_enable_preemption_service", False)
     me = () if address == "auto" else (address, options.num_processes, options.process_id)
-    jax.distributed.initialize(*me, heartbeat_timeout_seconds=100)
-    # The first exchange between hosts may take 30 seconds, so it comes before they load data.
+    jax.distributed.initialize(*me)
     same_on_all_hosts({name: x for name, x in vars(options).items() if name not in PER_HOST})
 
 
 def replicate(tree):
     """Copies arrays to all devices, for pmap. Raises BadInput if hosts have different ones."""
-    checksum = sum(zlib.crc32(np.asarray(leaf).tobytes()) for leaf in jax.tree.leaves(tree))
-    same_on_all_hosts({"the weights that they start from (checksum)": checksum})
-    # This pmap does nothing but copy. One argument must have an axis of devices: arange.
+    checksums = [zlib.crc32(np.asarray(leaf).tobytes()) for leaf in jax.tree.leaves(tree)]
+    same_on_all_hosts({"the weights that they start from (checksums)": checksums})
+    # This pmap does nothing but copy. It needs one argument with an axis of devices: arange.
     copy = jax.pmap(lambda tree, _: tree, "devices", in_axes=(None, 0), out_axes=None)
     return copy(tree, np.arange(jax.local_device_count()))
 
@@ -878,9 +905,9 @@ def claim(logdir):
     """Locks a folder until this process ends. Raises BadInput if another process has done so."""
     os.makedirs(logdir, exist_ok=True)
     try:
-        import fcntl  # the system ends its locks with the process, even with a killed one
+        import fcntl
 
-        file = os.open(f"{logdir}/lock", os.O_CREAT | os.O_RDWR)  # and is never closed
+        file = os.open(f"{logdir}/lock", os.O_CREAT | os.O_RDWR)  # open until the process ends
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise BadInput(f"another process trains in {logdir}: choose another --logdir") from error
@@ -889,7 +916,7 @@ def claim(logdir):
 
 
 def new_state(options, num_classes):
-    """The state before the first update, as NumPy arrays. params: what --pretrained names."""
+    """The state before the first update, as NumPy arrays."""
     if options.pretrained == "none":
         # train_step uses fold_in(key, step) with a step below 2**31, and so never this key.
         key = jax.random.fold_in(jax.random.key(options.seed), 2**31)
@@ -911,21 +938,20 @@ def saved_state(arrays, path):
 
 
 def start_or_resume(options, data):
-    """The state to go on from, on all devices, and the run: its definition, its rows of metrics.
+    """The state to go on from, on all devices, and the run: {"definition", "rows" of metrics.csv}.
 
     They come from checkpoint.npz in options.logdir if it is there. Raises BadInput if that is of
-    another run. With other devices or accum_steps, dropout and mixup draw other numbers.
+    another run. (With other devices or accum_steps, dropout and mixup go on differently.)
     """
     if jax.process_index() == 0:
         claim(options.logdir)
-    path, classes = f"{options.logdir}/checkpoint.npz", [*data["classes"]]
-    definition = {k: x for k, x in vars(options).items() if k not in MAY_CHANGE}
-    definition |= {"data": data.get("name"), "classes": classes}
+    definition = {name: x for name, x in vars(options).items() if name not in MAY_CHANGE}
+    definition |= {"data": data.get("name"), "classes": data["classes"]}
     definition |= {f"number of {x} images": len(data[x]) for x in ("train", "test")}
-    same_on_all_hosts(definition)
+    path = f"{options.logdir}/checkpoint.npz"
     if not os.path.exists(path):
         run = {"definition": definition, "rows": []}
-        return replicate(new_state(options, len(classes))), run
+        return replicate(new_state(options, len(data["classes"]))), run
     arrays = read_arrays(path)
     run = json.loads(str(arrays.get("train/run", "{}")))
     for name, value in definition.items():
@@ -935,14 +961,14 @@ def start_or_resume(options, data):
     return replicate(saved_state(arrays, path)), run
 
 
-def save_run(options, data, state, run):
+def save_run(options, state, run):
     """Writes, on the first host, metrics.csv, and checkpoint.npz with all that resuming needs."""
     if jax.process_index() == 0:
         columns = "step", "loss", "learning_rate", "images_per_second", "test_accuracy"
         with atomic_write(f"{options.logdir}/metrics.csv") as file:
             np.savetxt(file, [columns, *run["rows"]], fmt="%s", delimiter=",")
-        more = {"class_names": [*data["classes"]], "train/run": json.dumps(run)}
-        more["train/step"] = state["step"]
+        more = {"train/run": json.dumps(run), "train/step": state["step"]}
+        more["class_names"] = run["definition"]["classes"]
         for name, leaf in flatten(jax.device_get(state["momentum"])).items():
             more[f"train/momentum/{name}"] = leaf.astype(np.float32)  # .npz has no bfloat16
         save_checkpoint(f"{options.logdir}/checkpoint.npz", state["params"], **more)
@@ -954,7 +980,7 @@ CIFAR = {name: f"hf://datasets/uoft-cs/{name}" for name in ("cifar10", "cifar100
 # The formats that Pillow decodes itself; for others, such as EPS, it would start other programs.
 FORMATS = {"JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM"}
 ENDINGS = {ending for ending, x in Image.registered_extensions().items() if x in FORMATS}
-PngImagePlugin.MAX_TEXT_CHUNK = 64 << 20  # bytes of a colour profile; Pillow's limit is 1 MiB
+PngImagePlugin.MAX_TEXT_CHUNK = 64 << 20  # for long colour profiles; Pillow's limit is 1 MiB
 digit_font = functools.cache(ImageFont.load_default)
 
 
@@ -976,40 +1002,34 @@ def decode(file, name):
             image.load()
             # Modes F and I: floats, and integers of 16 or 32 bits, which Pillow cuts off at 255.
             require(image.mode[0] not in "FI", "save it with 8 bits per channel")
-            with contextlib.suppress(Exception):  # damaged EXIF raises once the image is turned
+            with contextlib.suppress(Exception):  # of damaged EXIF
                 ImageOps.exif_transpose(image, in_place=True)
             if image.has_transparency_data:
                 white = Image.new("RGBA", image.size, "white")
                 image = Image.alpha_composite(white, image.convert("RGBA"))
             return image.convert("RGB")
-    except Exception as error:  # damaged bytes raise a dozen types in Pillow's decoders
-        way_out = "put another picture in its place and run the same command again"
-        raise BadInput(f"cannot read the image {name} ({error}); {way_out}") from error
+    except Exception as error:  # damaged bytes raise a dozen types
+        why = f"cannot read the image {name} ({error})"
+        raise BadInput(f"{why}: put another in its place and run the same command again") from error
 
 
 def choose_test_split(name, splits, first_label):
-    """The split to test on: the first of four usual names whose labels are not hidden as -1.
-
-    None: a tenth of train. first_label: a function from a split to the label of its first image.
-    """
+    """The split to test on, or None: one whose first_label is not -1 (hidden). Raises BadInput."""
     for split in ("test", "validation", "val", "valid"):
         if split in splits and first_label(split) >= 0:
             return split
-    require("train" in splits, f"{name} has no train, test, validation or val, but {[*splits]}")
+    require("train" in splits, f"{name} has no train, test or validation, but {[*splits]}")
 
 
 def hub_dataset(name, options):
-    """A set of the Hugging Face hub: hf://datasets/OWNER/NAME, or hf://datasets/OWNER/NAME/CONFIG.
-
-    Its Parquet files are held in memory. Raises BadInput if it has no images with classes.
-    """
+    """A set of the Hugging Face hub, held in memory. Raises BadInput if it has no classes."""
     import pyarrow.parquet as pq
 
     parts = re.fullmatch("hf://datasets/([^/]+/[^/]+)(?:/([^/]+))?", name)
-    require(parts, f"{name} is not hf://datasets/OWNER/NAME or hf://datasets/OWNER/NAME/CONFIG")
+    require(parts, f"{name} is not hf://datasets/OWNER/NAME or .../NAME/CONFIG")
     repo, config = parts.groups()
-    path = fetch(f"{HUB}/api/datasets/{repo}/parquet", options.data_dir)
-    listing = json.loads(path.read_bytes())  # {config: {split: [address, ...]}}
+    listing = fetch(f"{HUB}/api/datasets/{repo}/parquet", options.data_dir)
+    listing = json.loads(listing.read_bytes())  # {config: {split: [address, ...]}}
     splits = listing.get(config or next(iter(listing)))
     require(splits, f"{name} is not there, only the configs {[*listing]}")
     if partial := [split for split in splits if split.startswith("partial-")]:
@@ -1019,9 +1039,12 @@ def hub_dataset(name, options):
     def load(split):
         addresses = [x.replace("https://huggingface.co", HUB, 1) for x in splits[split]]
         files = [fetch(address, options.data_dir) for address in addresses]
-        features = json.loads(pq.read_schema(files[0]).metadata[b"huggingface"])["info"]["features"]
-        typed = [(x["_type"], column) for column, x in features.items() if "_type" in x]
-        columns = dict(reversed(typed))  # {type: its first column}
+        metadata = json.loads(pq.read_schema(files[0]).metadata[b"huggingface"])
+        features = metadata["info"]["features"]
+        columns = {}  # {type: its first column}
+        for column, feature in features.items():
+            if "_type" in feature:
+                columns.setdefault(feature["_type"], column)
         image, label = columns.get("Image"), columns.get("ClassLabel")
         require(image and label, f"{name} has no images with classes, but {columns}")
         rows = pq.read_table(files, columns=[image, label], partitioning=None).to_pylist()
@@ -1029,23 +1052,20 @@ def hub_dataset(name, options):
         return {"examples": examples, "classes": features[label]["names"]}
 
     split = choose_test_split(name, splits, lambda x: load(x)["examples"][0]["label"])
+    test = load(split)["examples"] if split else []
     train = load("train")["examples"] if "train" in splits else []
-    if split:
-        test = load(split)["examples"]
-    else:
-        train, test = [x for i, x in enumerate(train) if i % 10], train[::10]
     if name in CIFAR.values():
         train = train[: round(0.98 * len(train))]  # as in the release
     return {"classes": load(split or "train")["classes"], "train": train, "test": test}
 
 
 def image_folder(root):
-    """Images in {train,test|val}/CLASS, or CLASS with every tenth for test. Raises BadInput."""
+    """Images in {train,test|val}/CLASS, or in CLASS alone. Raises BadInput."""
     passed_over = collections.Counter()
 
     def find(folder):  # [(class, path)]
         items = []
-        for path in sorted(Path(folder).glob("[!.@]*/[!.]*")):  # nothing like .cache and @eaDir
+        for path in sorted(Path(folder).glob("[!.@]*/[!.]*")):  # no .cache, no @eaDir
             ending = path.suffix.lower() if path.is_file() else "folder"
             if ending in ENDINGS:
                 items.append((path.parent.name, str(path)))
@@ -1053,14 +1073,14 @@ def image_folder(root):
                 passed_over[ending or "no ending"] += 1
         return items
 
-    train, test = find(f"{root}/train"), find(f"{root}/test") or find(f"{root}/val")
-    if not test:
-        images = train or find(root)
-        train, test = [x for i, x in enumerate(images) if i % 10], images[::10]
+    test = find(f"{root}/test") or find(f"{root}/val")
+    train = find(f"{root}/train") or find(root)
     if passed_over:
-        say(f"{root}: passed over {', '.join(f'{n} x {x}' for x, n in passed_over.items())}")
-    classes, tested = (sorted({name for name, _ in items}) for items in (train, test))
-    fits = len(classes) > 1 and tested and {*tested} <= {*classes}
+        counts = [f"{n} x {ending}" for ending, n in passed_over.items()]
+        say(f"{root}: passed over {', '.join(counts)}")
+    classes = sorted({name for name, _ in train})
+    tested = sorted({name for name, _ in test})
+    fits = len(classes) > 1 and {*tested} <= {*classes}
     found = f"classes {classes[:9]} for training and {tested[:9]} for testing"
     require(fits, f"{root} needs {{train,test}}/CLASS/*.jpg or CLASS/*.jpg, but has {found}")
 
@@ -1073,12 +1093,12 @@ def image_folder(root):
 
 def tfds_dataset(name, options):
     """A TFDS dataset. Raises BadInput if it is not prepared, which alone needs TensorFlow."""
-    import tensorflow_datasets as tfds  # only here: importing it takes longer than JAX
+    import tensorflow_datasets as tfds  # slow to import
 
     try:
         builder = tfds.builder(name, data_dir=os.path.expanduser(options.data_dir))
     except (ValueError, AssertionError) as error:
-        why = str(error).partition("\n")[0]  # the lines after it list all datasets
+        why = str(error).partition("\n")[0]
         raise BadInput(f"{name} is not a file, a folder or a dataset: {why}") from error
     ready = builder.is_prepared() and builder.info.file_format.value == "array_record"
     command = f"tfds build {name} --file_format=array_record --data_dir={options.data_dir}"
@@ -1087,11 +1107,12 @@ def tfds_dataset(name, options):
     classes = getattr(features.get("label"), "names", None)
     require(classes and "image" in features, f"{name} has no images with classes: {[*features]}")
 
-    def source(split):  # a sequence of {"image": encoded image, "label": int}
-        return builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
-
+    encoded = {"image": tfds.decode.SkipDecoding()}
+    source = functools.partial(builder.as_data_source, decoders=encoded)
     test = choose_test_split(name, splits, lambda x: source(x)[0]["label"])
-    train, test = ("train", test) if test else ("train[:90%]", "train[90%:]")
+    train = "train"
+    if not test:
+        train, test = "train[:90%]", "train[90%:]"
     if builder.name == "imagenet2012":
         train = "train[:99%]"  # as in the release
     train = source(train) if "train" in splits else []
@@ -1110,27 +1131,39 @@ def load_data(name, options):
         data, name = image_folder(name), os.path.abspath(name)
     else:
         data = tfds_dataset(name, options)
+    if not data["test"]:  # every tenth is for testing
+        data["test"] = data["train"][::10]
+        data["train"] = [x for i, x in enumerate(data["train"]) if i % 10]
+    counts = {f"number of {x} images": len(data[x]) for x in ("train", "test")}
+    same_on_all_hosts({"data": name, "classes": data["classes"]} | counts)
     train, test, classes = (len(data[part]) for part in ("train", "test", "classes"))
     say(f"{name}: {train} images for training and {test} for testing, of {classes} classes")
 
     def read(example):  # of the hub or TFDS
         return decode(io.BytesIO(example["image"]), f"in {name}"), int(example["label"])
 
-    return {"read": read} | data | {"name": name}
+    return {"name": name, "read": read} | data
 
 
 # --------------------------------------------------------------------------------------- 9. Photos
 
 
+def load_classifier(path, image_size):
+    """Params with a head for images of this size, and class names or None. Raises BadInput."""
+    arrays = read_arrays(path)
+    require("head/bias" in arrays, f"{path} has no head: fine-tune it first")
+    names = arrays["class_names"].tolist() if "class_names" in arrays else None
+    return adapt(to_params(arrays, path), image_size), names
+
+
 @jax.jit
 def forward_with_rollout(params, image):
-    """[1, H, W, 3] -> logits [K], and how much of each patch the class token has: [grid, grid].
+    """[1, H, W, 3] -> probabilities [K], and how much the class token has of each patch: [g, g].
 
     Attention rollout (arXiv 2005.00928) multiplies the weights, averaged over heads and mixed with
     the identity for the residual, block after block. A few patches often outshine all others by far
     (arXiv 2309.16588), so 1 is the 99th percentile, and anything above is clipped.
     """
-
     x = embed(params, image)
     identity = jnp.eye(x.shape[1])
 
@@ -1145,32 +1178,27 @@ def forward_with_rollout(params, image):
     reached = reached[0, 1:]  # what the class token has of each patch: [N-1]
     grid = math.isqrt(reached.size)
     light = jnp.minimum(1, reached / jnp.percentile(reached, 99)).reshape(grid, grid)
-    return head(params, x)[0], light
+    return jax.nn.softmax(head(params, x)[0]), light
 
 
 def classify(options, photos):
-    """Prints the five most likely classes of each photo, and writes PHOTO-attention.png.
-
-    It shows the photo and a copy, dark where the class token does not look. Raises BadInput.
-    """
+    """Prints five classes for each photo, and writes it, lit by attention. Raises BadInput."""
     path = pretrained_file(options, fine_tuned=True)
-    arrays = read_arrays(path)
-    require("head/bias" in arrays, f"{path} has no head: fine-tune it first")
-    params, count = to_params(arrays, path), arrays["head/bias"].size
-    names = arrays.get("class_names", range(count))
-    if count == 1000 and "class_names" not in arrays:  # then we assume that they are ImageNet's
+    params, names = load_classifier(path, options.image_size)
+    count = params["head"]["bias"].size
+    if not names and count == 1000:  # ImageNet's, we assume
         from tensorflow_datasets.datasets.siscore.labels import IMAGENET_LABELS_LIST as names
-    params = jax.device_put(adapt(params, options.image_size))
+    names = names or range(count)
+    params = jax.device_put(params)
     for photo in photos:
         image = decode(photo, photo)
         pixels = to_pixels(to_array(image, image_size_of(params)), options.dtype)
-        logits, light = jax.device_get(forward_with_rollout(params, pixels[None]))
-        probabilities = np.asarray(jax.nn.softmax(logits))
-        picture = Path(photo).as_posix().replace("/", "--").lstrip("-") + "-attention.png"
+        probabilities, light = jax.device_get(forward_with_rollout(params, pixels[None]))
+        picture = Path(photo).as_posix().replace("/", "--").lstrip("-.") + "-attention.png"
         say(f"{photo}, and where the model looked: {picture}")
         for label in probabilities.argsort()[::-1][:5]:
             say(f"{probabilities[label]:8.2%}  {names[label]}")
-        mask = Image.fromarray((26 + 229 * light).astype(np.uint8)).resize(image.size, BILINEAR)
+        mask = Image.fromarray(np.uint8(26 + 229 * light)).resize(image.size, BILINEAR)
         attended = Image.composite(image, Image.new("RGB", image.size), mask)
         Image.fromarray(np.hstack([image, attended])).save(picture)
 
@@ -1180,14 +1208,15 @@ def classify(options, photos):
 DIGITS = {"model": "ViT-XS_8", "pretrained": "none", "image_size": 32, "augment": "none"}
 DIGITS |= {"batch_size": 64, "accum_steps": 1, "base_lr": 0.1}
 DIGITS |= {"total_steps": 800, "warmup_steps": 100, "log_every": 100}
-PRESETS = {"digits": DIGITS, "imagenet2012": {"total_steps": 20_000}}  # replace defaults of Options
+# These replace defaults of Options.
+PRESETS = {"digits": DIGITS, "imagenet2012": {"total_steps": 20_000}}
 
 
 def parse_options(argv=None):
     """The command line: DATA, a list of photos or [], and Options. Raises BadInput."""
     parser = argparse.ArgumentParser("vit.py", "vit.py [DATA] [--FLAG ...]", allow_abbrev=False)
-    text = "digits (default), cifar10, cifar100, hf://datasets/OWNER/NAME, a TFDS set, a folder "
-    parser.add_argument("data", nargs="*", default=["digits"], help=text + "of images, or photos")
+    text = "digits (default), cifar10, hf://datasets/OWNER/NAME, a TFDS set, a folder, or photos"
+    parser.add_argument("data", nargs="*", default=["digits"], help=text)
     for field in dataclasses.fields(Options):
         kind = {"action": "store_true"} if field.type is bool else {"type": field.type}
         parser.add_argument(f"--{field.name}", **kind, **field.metadata)
@@ -1199,7 +1228,7 @@ def parse_options(argv=None):
     flags["logdir"] = os.path.expanduser(flags.get("logdir", f"runs/{run_name}"))
     preset = PRESETS.get(paths[0].split(":")[0], {})  # "imagenet2012:5.1.0", too
     if photos or "eval_only" in flags:
-        preset = preset | {"image_size": 0}  # as the checkpoint has it
+        preset = preset | {"image_size": 0}
     return paths[0], photos, Options(**(preset | flags))
 
 
@@ -1210,11 +1239,11 @@ def evaluate_only(options, data):
         require(options.pretrained != "none", f"there is no {path} to test, and --pretrained=none")
         path = pretrained_file(options, fine_tuned=True)
     say(f"testing {path}")
-    arrays, classes = read_arrays(path), [*data["classes"]]
-    same = arrays.get("head/bias", np.zeros(0)).shape == (len(classes),)
-    same = same and [*arrays.get("class_names", classes)] == classes
-    require(same, f"{path} has other classes than {data['name']}, or no head")
-    evaluate(replicate(adapt(to_params(arrays, path), options.image_size)), data, options)
+    params, names = load_classifier(path, options.image_size)
+    count = params["head"]["bias"].size
+    same = count == len(data["classes"]) and names in (None, data["classes"])
+    require(same, f"{path} has other classes than {data['name']}")
+    evaluate(replicate(params), data, options)
 
 
 def main(argv=None):
@@ -1231,7 +1260,7 @@ def main(argv=None):
             train(options, load_data(data, options))
         return 0
     except KeyboardInterrupt:
-        print("vit.py: stopped; a training run resumes from its last evaluation", file=sys.stderr)
+        print("vit.py: stopped; the same command goes on with a run", file=sys.stderr)
         return 130
     except Exception as error:
         message = " ".join(str(error).split())[:600]
