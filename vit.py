@@ -533,6 +533,8 @@ def train(options, data):
     """
     require(len(data["train"]), "there are no images for training, only for --eval_only")
     positions = batch_positions(options.batch_size, options.accum_steps)
+    can_mix = positions.shape[-1] > 1 or not options.mixup_alpha
+    require(can_mix, "--mixup_alpha needs two images at a time on each device: lower --accum_steps")
     state, run = start_or_resume(options, data)  # part 7
     first, total = int(state["step"]), options.total_steps
     size = image_size_of(state["params"])
@@ -1009,8 +1011,8 @@ def decode(file, name):
                 image = Image.alpha_composite(white, image.convert("RGBA"))
             return image.convert("RGB")
     except Exception as error:  # damaged bytes raise a dozen types
-        why = f"cannot read the image {name} ({error})"
-        raise BadInput(f"{why}: put another in its place and run the same command again") from error
+        way_out = "put another picture in its place and run the same command again"
+        raise BadInput(f"cannot read the image {name} ({error}); {way_out}") from error
 
 
 def choose_test_split(name, splits, first_label):
