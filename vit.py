@@ -387,9 +387,7 @@ def eval_step(params, images, labels, options):
 # of any kind; "read", a function: item -> (Pillow image in RGB, label from 0 to K-1).
 
 BILINEAR = Image.Resampling.BILINEAR
-CPUS = os.cpu_count()
-if hasattr(os, "sched_getaffinity"):  # on Linux: those that this process may use
-    CPUS = len(os.sched_getaffinity(0))
+CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 POOL = ThreadPoolExecutor(CPUS)
 
 
@@ -418,8 +416,8 @@ def to_array(image, size, box=None):
 def inception_crop(rng, width, height):
     """A random box (left, upper, right, lower) in pixels, drawn as by TensorFlow in the release."""
     aspect = rng.uniform(3 / 4, 1.33)  # w / h
-    # h is uniform among the whole numbers for which the box fits, round(h * aspect) <= width, and
-    # has 5 % of the area, if it can. A width that was rounded down may need one pixel more.
+    # h is uniform among the heights for which the box fits and has at least 5 % of the area, if it
+    # can. Where a rounded width makes it too small, h grows by one.
     area = 0.05 * width * height
     largest = min(height, int((width + 0.5) / aspect))
     smallest = min(largest, max(1, round(math.sqrt(area / aspect))))
@@ -481,8 +479,10 @@ def batches(example, indices, ahead=3):
     def read(part):
         return [example(i) for i in part.tolist()]
 
-    # A generator: a batch goes to the threads when it is taken from here.
-    started = ((x.shape, POOL.map(read, np.array_split(x.ravel(), CPUS))) for x in indices)
+    def start(batch):
+        return batch.shape, POOL.map(read, np.array_split(batch.ravel(), CPUS))
+
+    started = map(start, indices)  # lazy: a batch is started when it is taken from here
     waiting = collections.deque(itertools.islice(started, ahead))
     while waiting:
         shape, parts = waiting.popleft()
@@ -512,12 +512,11 @@ def evaluate(params, data, options):
     positions = batch_positions(batch_size)[:, 0]  # [local devices, B]
     starts = range(0, count, batch_size)
     examples = batches(example, (start + positions for start in starts))
-    bar = {"delay": 10, "mininterval": 10, "disable": jax.process_index() > 0}
     right = 0
-    for images, labels in tqdm(examples, "evaluating", len(starts), **bar):
+    for images, labels in tqdm(examples, "evaluating", len(starts), delay=10, mininterval=10):
         before = right
         right = before + eval_step(params, images, labels, options)
-        jax.block_until_ready(before)  # so at most two batches wait there
+        jax.block_until_ready(before)  # so at most two batches are queued
     accuracy = int(right) / count
     say(f"test accuracy {accuracy:.2%} of {count} images")
     return accuracy
@@ -559,17 +558,17 @@ def train(options, data):
         log = is_last or done % options.log_every == 0
         test = is_last or done % options.eval_every == 0
         if log or is_first:
-            value, rate = float(loss), float(rate)  # this waits for the update
+            value, lr = float(loss), float(rate)  # this waits for the update
             require(math.isfinite(value), f"the loss of step {done} is {value}; lower --base_lr")
             seconds = (time.perf_counter() - clock) / (done - clock_step)  # per update
             speed = options.batch_size / seconds
             left = timedelta(seconds=round(seconds * (total - done)))
             pace = f"{speed:.1f} images/s  {left} left, plus evaluations"
-            say(f"step {done}/{total}  loss {value:.4f}  lr {rate:.2e}  {pace}")
+            say(f"step {done}/{total}  loss {value:.4f}  lr {lr:.2e}  {pace}")
             if is_first and left > timedelta(hours=1) and jax.default_backend() == "cpu":
                 say("no GPU or TPU was found; for a CPU: --model=ViT-Ti_16 --image_size=224")
-        if log:
-            run["rows"].append((done, value, rate, speed, ""))
+            if log:
+                run["rows"].append((done, value, lr, speed, ""))
         if test:
             accuracy = evaluate(state["params"], data, options)
             run["rows"].append((done, "", "", "", accuracy))
@@ -584,7 +583,8 @@ def train(options, data):
 
 def option(default, help, **more):
     """A field of Options: its default, its help text, and further arguments for argparse."""
-    more |= {"help": f"{help} ({default})", "default": argparse.SUPPRESS}  # not given: absent
+    # SUPPRESS: a flag that is not given stays absent, so that presets can replace its default.
+    more |= {"help": f"{help} ({default})", "default": argparse.SUPPRESS}
     return dataclasses.field(default=default, metadata=more)
 
 
@@ -630,8 +630,7 @@ class Options:
         require(self.grad_norm_clip > 0, "--grad_norm_clip must be above 0")
         warms_up = self.warmup_steps < self.total_steps
         require(warms_up, f"--warmup_steps={self.warmup_steps} must be below --total_steps")
-        is_host = self.process_id < self.num_processes
-        require(is_host, f"--process_id={self.process_id} must be below --num_processes")
+        require(self.process_id < self.num_processes, "--process_id must be below --num_processes")
         can_fuse = self.dtype == "bfloat16" or not self.fused_attention
         require(can_fuse, "--fused_attention needs --dtype=bfloat16")
 
@@ -693,13 +692,13 @@ def pretrained_file(options, fine_tuned=False):
     if path == "released":
         pretrained, tuned = RELEASED.get(options.model, (None, None))
         name = tuned if fine_tuned else pretrained
-        require(name, f"--model={options.model} is not among the released: {[*RELEASED]}")
+        require(name, f"--model={options.model} has no such released weights, see RELEASED")
         path = f"{HUB}/timm/vit_{name}/resolve/main/model.safetensors"
     return fetch(path, options.data_dir) if re.match("https?://", path) else path
 
 
 def read_safetensors(path):
-    """{name: float32 array} of a .safetensors file. Damage raises a dozen types of exceptions."""
+    """{name: float32 array} of a .safetensors file."""
     # Eight bytes give the length of a JSON header, which says where in the rest an array lies.
     dtypes = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
     data = np.fromfile(path, np.uint8)
@@ -741,7 +740,8 @@ def from_timm(arrays):
     sizes = {"D": width, "A": heads, "E": width // heads}
     depth = sum(name.endswith("norm1.bias") for name in arrays)
     known = {timm for _, _, timm in rows_of(depth)}
-    released = {name: x for name, x in arrays.items() if name not in known}  # to be refused
+    # Unknown arrays keep their names, so that `to_params` refuses them.
+    released = {name: array for name, array in arrays.items() if name not in known}
     for name, axes, timm in rows_of(depth):
         if timm in arrays:  # pre_logits never is, and in some files no head
             array = arrays[timm]
@@ -770,7 +770,7 @@ def read_arrays(path):
                 arrays[name.removesuffix(".npy")] = np.load(file)
         return arrays
     except Exception as error:  # damaged bytes raise a dozen types
-        raise BadInput(f"{path} is neither .npz nor timm's .safetensors ({error})") from error
+        raise BadInput(f"cannot read {path} as .npz or timm's .safetensors ({error})") from error
 
 
 def to_params(arrays, source):
@@ -788,13 +788,11 @@ def to_params(arrays, source):
             sizes.setdefault(letter, n)  # the first array with a letter binds it
         shape = tuple(sizes.get(letter) for letter in axes)
         require(array.shape == shape, f"{source}: {name} has the shape {array.shape}, not {shape}")
-        finite = array.dtype.kind == "f" and np.isfinite(array).all()
-        require(finite, f"{source}: {name} does not hold finite numbers only")
         found[name] = np.asarray(array, np.float32)
+        require(np.isfinite(found[name]).all(), f"{source}: {name} is not finite")
     require(not arrays, f"{source} has {[*arrays][:3]}, so it is another kind of model")
     n = sizes["N"] - 1
-    square = n > 0 and math.isqrt(n) ** 2 == n
-    require(square, f"{source} is for images of {n} patches, which make no square")
+    require(n and math.isqrt(n) ** 2 == n, f"{source} is for images of {n} patches: no square")
     for name in BLOCK_PARAMETERS:
         blocks = [found.pop(f"Transformer/encoderblock_{i}/{name}") for i in range(depth)]
         found[f"Transformer/encoderblock/{name}"] = np.stack(blocks)  # [L, ...]
@@ -864,10 +862,11 @@ def adapt(params, image_size, num_classes=None):
 # ------------------------------------------------------------------------------- 7. Runs and hosts
 
 # A run is what its options and its data define; it is resumed from checkpoint.npz in --logdir.
-# Several hosts run one process each. Each reads its own share of the images; only the first writes,
-# but to resume, all must see its --logdir. If one fails, JAX ends the others.
-# What may differ between hosts; and what, besides, when a run is resumed:
-PER_HOST = {"coordinator_address", "process_id", "logdir", "data_dir"}
+# Several hosts run one process each. Each reads its own share of the images; only the first writes
+# the run, but to resume, all must see its --logdir. If one fails, JAX ends the others.
+
+PER_HOST = {"coordinator_address", "process_id", "logdir", "data_dir"}  # need not be the same
+# What may change when a run is resumed: neither its data nor its mathematics depends on it.
 MAY_CHANGE = PER_HOST | {"num_processes", "accum_steps", "remat", "fused_attention"}
 MAY_CHANGE |= {"log_every", "eval_every", "eval_only"}
 
@@ -918,7 +917,7 @@ def claim(logdir):
 
 
 def new_state(options, num_classes):
-    """The state before the first update, as NumPy arrays."""
+    """The state before the first update."""
     if options.pretrained == "none":
         # train_step uses fold_in(key, step) with a step below 2**31, and so never this key.
         key = jax.random.fold_in(jax.random.key(options.seed), 2**31)
@@ -1021,6 +1020,7 @@ def choose_test_split(name, splits, first_label):
         if split in splits and first_label(split) >= 0:
             return split
     require("train" in splits, f"{name} has no train, test or validation, but {[*splits]}")
+    return None  # but a tenth of train
 
 
 def hub_dataset(name, options):
@@ -1072,14 +1072,13 @@ def image_folder(root):
             if ending in ENDINGS:
                 items.append((path.parent.name, str(path)))
             else:
-                passed_over[ending or "no ending"] += 1
+                passed_over[ending or "none"] += 1
         return items
 
     test = find(f"{root}/test") or find(f"{root}/val")
     train = find(f"{root}/train") or find(root)
     if passed_over:
-        counts = [f"{n} x {ending}" for ending, n in passed_over.items()]
-        say(f"{root}: passed over {', '.join(counts)}")
+        say(f"{root}: passed over, by ending: {dict(passed_over)}")
     classes = sorted({name for name, _ in train})
     tested = sorted({name for name, _ in test})
     fits = len(classes) > 1 and {*tested} <= {*classes}
@@ -1136,15 +1135,14 @@ def load_data(name, options):
     if not data["test"]:  # every tenth is for testing
         data["test"] = data["train"][::10]
         data["train"] = [x for i, x in enumerate(data["train"]) if i % 10]
-    counts = {f"number of {x} images": len(data[x]) for x in ("train", "test")}
-    same_on_all_hosts({"data": name, "classes": data["classes"]} | counts)
-    train, test, classes = (len(data[part]) for part in ("train", "test", "classes"))
-    say(f"{name}: {train} images for training and {test} for testing, of {classes} classes")
+    train, test, classes = len(data["train"]), len(data["test"]), data["classes"]
+    same_on_all_hosts({"data": name, "classes": classes, "numbers of images": (train, test)})
+    say(f"{name}: {train} images for training and {test} for testing, of {len(classes)} classes")
 
     def read(example):  # of the hub or TFDS
         return decode(io.BytesIO(example["image"]), f"in {name}"), int(example["label"])
 
-    return {"name": name, "read": read} | data
+    return {"name": name, "read": read} | data  # a folder and digits have their own read
 
 
 # --------------------------------------------------------------------------------------- 9. Photos
@@ -1210,12 +1208,11 @@ def classify(options, photos):
 DIGITS = {"model": "ViT-XS_8", "pretrained": "none", "image_size": 32, "augment": "none"}
 DIGITS |= {"batch_size": 64, "accum_steps": 1, "base_lr": 0.1}
 DIGITS |= {"total_steps": 800, "warmup_steps": 100, "log_every": 100}
-# These replace defaults of Options.
 PRESETS = {"digits": DIGITS, "imagenet2012": {"total_steps": 20_000}}
 
 
 def parse_options(argv=None):
-    """The command line: DATA, a list of photos or [], and Options. Raises BadInput."""
+    """The command line: DATA, a list of photos or [], Options with PRESETS. Raises BadInput."""
     parser = argparse.ArgumentParser("vit.py", "vit.py [DATA] [--FLAG ...]", allow_abbrev=False)
     text = "digits (default), cifar10, hf://datasets/OWNER/NAME, a TFDS set, a folder, or photos"
     parser.add_argument("data", nargs="*", default=["digits"], help=text)
