@@ -51,7 +51,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.nn.initializers import lecun_normal, normal, ones, xavier_uniform, zeros
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
-from tqdm import tqdm  # comes with tensorflow-datasets, like pyarrow
+from tqdm import tqdm  # like pyarrow, it comes with TFDS
 
 # ----------------------------------------------------------------------------------------- 1. Model
 
@@ -65,10 +65,9 @@ SIZES = {
     "H": (1280, 32, 16),
 }
 # For the kernels of L blocks at once: [L, D, M] and [L, M, D]; [L, D, A, E]; [L, A, E, D].
-stacked_xavier = functools.partial(xavier_uniform, batch_axis=0)
-xavier = stacked_xavier(in_axis=1, out_axis=2)
-to_heads = stacked_xavier(in_axis=1, out_axis=(2, 3))
-from_heads = stacked_xavier(in_axis=(1, 2), out_axis=3)
+xavier = xavier_uniform(in_axis=1, out_axis=2, batch_axis=0)
+to_heads = xavier_uniform(in_axis=1, out_axis=(2, 3), batch_axis=0)
+from_heads = xavier_uniform(in_axis=(1, 2), out_axis=3, batch_axis=0)
 
 # Each parameter by its name in the released checkpoints: a letter for each of its axes (1 and 3
 # stand for themselves), its initializer (None: only ever loaded), its name in timm.
@@ -107,10 +106,7 @@ BLOCK_PARAMETERS = {
 
 
 def linear(x, kernel, bias):
-    """x @ kernel + bias: [..., D] -> [..., M] by a kernel [D, M], in the dtype of x.
-
-    A kernel [D, A, E] with a bias [A, E] splits D into heads, one [A, E, D] joins them again.
-    """
+    """x @ kernel + bias: [..., D] -> [..., M]. A kernel [D, A, E] makes heads, [A, E, D] joins."""
     kernel, bias = kernel.astype(x.dtype), bias.astype(x.dtype)
     return jnp.tensordot(x, kernel, kernel.ndim - bias.ndim) + bias
 
@@ -137,7 +133,7 @@ def patch_embedding(images, kernel, bias):
     patch = kernel.shape[0]  # of [P, P, 3, D]; H and W are multiples of P
     x = images.reshape(b, h // patch, patch, w // patch, patch, c)
     x = x.transpose(0, 1, 3, 2, 4, 5)  # [B, H/P, W/P, P, P, 3]
-    x = linear(x, kernel, bias)  # [B, H/P, W/P, D], as by a convolution of stride P
+    x = linear(x, kernel, bias)  # [B, H/P, W/P, D]
     return x.reshape(b, -1, bias.size)  # [B, N-1, D]
 
 
@@ -152,8 +148,7 @@ def attention(x, query, key, value, out, fused=False):
     k = linear(x, **key)
     v = linear(x, **value)
     if fused:
-        y = jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
-        weights = None
+        y, weights = jax.nn.dot_product_attention(q, k, v, implementation="cudnn"), None
     else:
         q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # [B, A, N, E]
         scores = jnp.matmul(q, k.swapaxes(2, 3), preferred_element_type=jnp.float32)
@@ -189,8 +184,8 @@ def embed(params, images):
 
 
 def head(params, x):
-    """Tokens after the last block -> logits (paper, eq. 4): [B, N, D] -> [B, K], float32."""
-    x = layer_norm(x[:, 0], **params["Transformer"]["encoder_norm"])  # class token: [B, D]
+    """Class token after the last block -> logits (eq. 4): [B, N, D] -> [B, K], float32."""
+    x = layer_norm(x[:, 0], **params["Transformer"]["encoder_norm"])  # [B, D]
     if "pre_logits" in params:
         x = jnp.tanh(linear(x, **params["pre_logits"]))
     return linear(x.astype(jnp.float32), **params["head"])
@@ -222,8 +217,7 @@ def forward(params, images, dropout_key=None, dropout_rate=0.0, remat=False, fus
     policies = jax.checkpoint_policies
     policy = policies.nothing_saveable if remat else policies.dots_with_no_batch_dims_saveable
     apply_block = jax.checkpoint(apply_block, policy=policy, prevent_cse=False)
-    # scan applies it to slice after slice of the stacked blocks, and carries x along. XLA compiles
-    # one block instead of L. (prevent_cse is needed outside of a scan only.)
+    # scan applies it to block after block and carries x along. XLA compiles one block, not L.
     x, _ = jax.lax.scan(apply_block, x, (blocks, block_keys))
     return head(params, x)
 
@@ -319,11 +313,10 @@ def sgd_update(params, momentum, grads, rate, beta=0.9):
     return params, jax.tree.map(lambda m: m.astype(jnp.bfloat16), momentum)
 
 
-# `pmap` compiles a function once and runs it on all devices at the same time. in_axes says what a
-# device gets of each argument: 0, its own slice along the first axis; None, all of it (nothing
-# moves if it is on all devices already). By out_axes=None we promise that all devices compute the
-# same result; Python sees one of them. A static argument is a constant for the compiler. A donated
-# one gives its memory to the result, so it must not be used again.
+# `pmap` compiles a function once and runs it on all devices at once. in_axes says what a device
+# gets of an argument: 0, its slice along the first axis; None, all of it, without a copy if it is
+# there already. By out_axes=None we promise that all compute the same; Python sees one result. A
+# static argument is a constant to the compiler, a donated one gives its memory to the result.
 on_all_devices = functools.partial(
     jax.pmap, axis_name="devices", in_axes=(None, 0, 0, None), out_axes=None
 )
@@ -336,7 +329,6 @@ def train_step(state, images, labels, options):
     state: a dict of params, momentum and step (int32 [], the number of updates before this one).
     images: uint8 [local devices, accum_steps, B, H, W, 3]; labels: int32 [local devices,
     accum_steps, B], for micro-batches of B. Inside, the axis of devices is gone. options: part 5.
-
     Random keys derive from seed, step and, for dropout, the device. Only `pmean` communicates: it
     averages loss and gradients over the devices of all hosts, so all compute the same state.
     """
@@ -349,7 +341,7 @@ def train_step(state, images, labels, options):
     def loss_of(params, images, labels, dropout_key):
         images = to_pixels(images)
         targets = jax.nn.one_hot(labels, params["head"]["bias"].size)
-        if options.mixup_alpha:  # the same draw for all micro-batches and devices
+        if options.mixup_alpha:  # one draw for the whole batch
             lam = jax.random.beta(mixup_key, options.mixup_alpha, options.mixup_alpha)
             images, targets = mixup(images, targets, lam)
         images = images.astype(options.dtype)
@@ -417,7 +409,7 @@ def inception_crop(rng, width, height):
     """A random box (left, upper, right, lower) in pixels, drawn as by TensorFlow in the release."""
     aspect = rng.uniform(3 / 4, 1.33)  # w / h
     # h is uniform among the heights for which the box fits and has at least 5 % of the area, if it
-    # can. Where a rounded width makes it too small, h grows by one.
+    # can. Where a rounded width makes it too small, h grows by one. Offsets leave out the far edge.
     area = 0.05 * width * height
     largest = min(height, int((width + 0.5) / aspect))
     smallest = min(largest, max(1, round(math.sqrt(area / aspect))))
@@ -425,8 +417,7 @@ def inception_crop(rng, width, height):
     if h * round(h * aspect) < area:
         h = min(largest, h + 1)
     w = round(h * aspect)
-    left = rng.integers(max(1, width - w))  # the far edge is left out
-    upper = rng.integers(max(1, height - h))
+    left, upper = rng.integers(max(1, width - w)), rng.integers(max(1, height - h))
     return left, upper, left + w, upper + h
 
 
@@ -446,7 +437,7 @@ def training_example(data, options, image_size, index):
     epoch, place = divmod(index, count)
     item = data["train"][epoch_order(options.seed, epoch, count)[place]]
     image, label = data["read"](item)
-    require(0 <= label < len(data["classes"]), f"an image has the label {label}: no such class")
+    require(0 <= label < len(data["classes"]), f"the label {label} of an image is no class")
     if options.augment == "none":
         return to_array(image, image_size), label
     rng = np.random.default_rng([options.seed, 1, index])
@@ -463,11 +454,10 @@ def batch_positions(batch_size, accum_steps=1):
     BadInput if the batch cannot be divided so.
     """
     shape = jax.process_count(), jax.local_device_count(), accum_steps
-    if batch_size % math.prod(shape):
-        factors = f"hosts x devices x --accum_steps {shape}"
-        raise BadInput(f"--batch_size={batch_size} is not a multiple of {factors}")
-    positions = np.arange(batch_size).reshape(*shape, -1)
-    return positions[jax.process_index()]
+    fits = batch_size % math.prod(shape) == 0
+    factors = f"hosts x devices x accum_steps {shape}"
+    require(fits, f"--batch_size={batch_size} is no multiple of {factors}")
+    return np.arange(batch_size).reshape(*shape, -1)[jax.process_index()]
 
 
 def batches(example, indices, ahead=3):
@@ -482,7 +472,7 @@ def batches(example, indices, ahead=3):
     def start(batch):
         return batch.shape, POOL.map(read, np.array_split(batch.ravel(), CPUS))
 
-    started = map(start, indices)  # lazy: a batch is started when it is taken from here
+    started = map(start, indices)  # lazy: when a batch is taken from it
     waiting = collections.deque(itertools.islice(started, ahead))
     while waiting:
         shape, parts = waiting.popleft()
@@ -500,15 +490,14 @@ def evaluate(params, data, options):
     count, size = len(data["test"]), image_size_of(params)
 
     def example(i):
-        if i >= count:  # fills the last batch; label -1 never equals a prediction
+        if i >= count:  # fills the last batch, is never right
             return np.zeros((size, size, 3), np.uint8), -1
         image, label = data["read"](data["test"][i])
         return to_array(image, size), label
 
     # As many images at a time as in a micro-batch of training, or one on each device.
     devices = jax.device_count()
-    per_device = max(1, options.batch_size // options.accum_steps // devices)
-    batch_size = per_device * devices
+    batch_size = max(devices, options.batch_size // options.accum_steps // devices * devices)
     positions = batch_positions(batch_size)[:, 0]  # [local devices, B]
     starts = range(0, count, batch_size)
     examples = batches(example, (start + positions for start in starts))
@@ -517,9 +506,8 @@ def evaluate(params, data, options):
         before = right
         right = before + eval_step(params, images, labels, options)
         jax.block_until_ready(before)  # so at most two batches are queued
-    accuracy = int(right) / count
-    say(f"test accuracy {accuracy:.2%} of {count} images")
-    return accuracy
+    say(f"test accuracy {int(right) / count:.2%} of {count} images")
+    return int(right) / count
 
 
 def train(options, data):
@@ -530,10 +518,10 @@ def train(options, data):
     again, and it goes on. On CPUs, with the same options, devices and versions, it ends with the
     same bits as a run that was never stopped. Raises BadInput, also for a loss that is not finite.
     """
-    require(len(data["train"]), "there are no images for training, only for --eval_only")
+    require(len(data["train"]), "there are no images for training")
     positions = batch_positions(options.batch_size, options.accum_steps)
     can_mix = positions.shape[-1] > 1 or not options.mixup_alpha
-    require(can_mix, "--mixup_alpha needs two images at a time on each device: lower --accum_steps")
+    require(can_mix, "--mixup_alpha needs two images at a time: lower --accum_steps")
     state, run = start_or_resume(options, data)  # part 7
     first, total = int(state["step"]), options.total_steps
     size = image_size_of(state["params"])
@@ -544,7 +532,7 @@ def train(options, data):
         images = [example(i)[0] for i in range(8)]
         Image.fromarray(np.hstack(images)).save(f"{options.logdir}/first_batch.png")
     indices = (step * options.batch_size + positions for step in range(first, total))
-    say("this run is complete" if first == total else f"compiling for images of {size} pixels ...")
+    say("this run is complete" if first == total else "compiling ...")
     loss = 0.0
     for done, (images, labels) in enumerate(batches(example, indices), first + 1):
         is_first, is_last = done == first + 1, done == total
@@ -588,7 +576,7 @@ def option(default, help, **more):
     return dataclasses.field(default=default, metadata=more)
 
 
-@dataclasses.dataclass(frozen=True)  # so that it can be a static argument
+@dataclasses.dataclass(frozen=True)  # for static arguments
 class Options:
     """All flags. Defaults are the release's, where it has the option. Raises BadInput."""
 
@@ -625,12 +613,11 @@ class Options:
             allowed = isinstance(value, str) or least <= value < 2**31
             require(allowed, f"--{name}={value} is not from {least} to 2**31 - 1")
         model = re.fullmatch(rf"ViT-({'|'.join(SIZES)})_[1-9]\d*", self.model)
-        require(model, f"--model={self.model} is not like ViT-B_16, with a size of {[*SIZES]}")
+        require(model, f"--model={self.model} is not like ViT-B_16, of {[*SIZES]}")
         require(self.dropout < 1, f"--dropout={self.dropout} must be below 1")
         require(self.grad_norm_clip > 0, "--grad_norm_clip must be above 0")
-        warms_up = self.warmup_steps < self.total_steps
-        require(warms_up, f"--warmup_steps={self.warmup_steps} must be below --total_steps")
-        require(self.process_id < self.num_processes, "--process_id must be below --num_processes")
+        require(self.warmup_steps < self.total_steps, "--warmup_steps must be below --total_steps")
+        require(self.process_id < self.num_processes, "--process_id >= --num_processes")
         can_fuse = self.dtype == "bfloat16" or not self.fused_attention
         require(can_fuse, "--fused_attention needs --dtype=bfloat16")
 
@@ -690,10 +677,9 @@ def pretrained_file(options, fine_tuned=False):
     """The path of what --pretrained names, after a download if need be. Raises BadInput."""
     path = os.path.expanduser(options.pretrained)
     if path == "released":
-        pretrained, tuned = RELEASED.get(options.model, (None, None))
-        name = tuned if fine_tuned else pretrained
-        require(name, f"--model={options.model} has no such released weights, see RELEASED")
-        path = f"{HUB}/timm/vit_{name}/resolve/main/model.safetensors"
+        names = {model: both[fine_tuned] for model, both in RELEASED.items() if both[fine_tuned]}
+        require(options.model in names, f"--model={options.model} is not among {[*names]}")
+        path = f"{HUB}/timm/vit_{names[options.model]}/resolve/main/model.safetensors"
     return fetch(path, options.data_dir) if re.match("https?://", path) else path
 
 
@@ -703,11 +689,9 @@ def read_safetensors(path):
     dtypes = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
     data = np.fromfile(path, np.uint8)
     start = 8 + int.from_bytes(data[:8].tobytes(), "little")
-    header = json.loads(str(data[8:start], "ascii"))
+    header, data = json.loads(str(data[8:start], "ascii")), data[start:]
     header.pop("__metadata__", None)
-    data = data[start:]
-    offsets = sorted(entry["data_offsets"] for entry in header.values())
-    begins, ends = zip(*offsets, strict=True)
+    begins, ends = zip(*sorted(entry["data_offsets"] for entry in header.values()), strict=True)
     in_a_row = [*begins, len(data)] == [0, *ends]
     require(in_a_row, "its arrays do not follow each other to its end")
     arrays = {}
@@ -733,7 +717,7 @@ def from_timm(arrays):
     width with another number of heads is read wrongly. timm's GELU is the exact one, at most 4.7e-4
     from ours. DeiT and DINO were trained on pixels scaled in another way: fine-tune them first.
     """
-    require("cls_token" in arrays, "no cls_token: of transformers? timm has a copy of each model")
+    require("cls_token" in arrays, "no cls_token; is it transformers'? Take timm's")
     width = arrays["cls_token"].shape[-1]
     heads = {d: a for d, _, a in SIZES.values()}.get(width)
     require(heads, f"its width {width} is not in SIZES: how many heads?")
@@ -743,14 +727,14 @@ def from_timm(arrays):
     # Unknown arrays keep their names, so that `to_params` refuses them.
     released = {name: array for name, array in arrays.items() if name not in known}
     for name, axes, timm in rows_of(depth):
-        if timm in arrays:  # pre_logits never is, and in some files no head
+        if timm in arrays:  # pre_logits never is
             array = arrays[timm]
-            if ".qkv." in timm:  # query, key and value in one: [3D, D] or [3D]
+            if ".qkv." in timm:  # all three in one: [3D, D] or [3D]
                 part = ["query", "key", "value"].index(name.split("/")[-2])
                 array = np.split(array, 3)[part]
             if name.endswith("kernel"):  # [out, in] -> [in, out]; [D, 3, P, P] -> [P, P, 3, D]
                 array = np.moveaxis(array, (0, 1), (-1, -2))
-            if "A" in axes:  # the heads get an axis of their own
+            if "A" in axes:  # heads get an axis
                 array = array.reshape([sizes[letter] for letter in axes])
             released[name] = array
     return released
@@ -759,9 +743,7 @@ def from_timm(arrays):
 def read_arrays(path):
     """{released name: array} of an .npz, or of timm's .safetensors. Raises BadInput."""
     try:
-        with open(path, "rb") as file:
-            is_npz = file.read(2) == b"PK"
-        if not is_npz:
+        if not zipfile.is_zipfile(path):
             return from_timm(read_safetensors(path))
         arrays = {}
         with zipfile.ZipFile(path) as archive:
@@ -785,14 +767,14 @@ def to_params(arrays, source):
         require(name in arrays, f"{source} has no {name}")
         array = arrays.pop(name)
         for letter, n in zip(axes, array.shape, strict=False):
-            sizes.setdefault(letter, n)  # the first array with a letter binds it
+            sizes.setdefault(letter, n)  # the first array binds it
         shape = tuple(sizes.get(letter) for letter in axes)
-        require(array.shape == shape, f"{source}: {name} has the shape {array.shape}, not {shape}")
+        require(array.shape == shape, f"{source}: {name} is {array.shape}, not {shape}")
         found[name] = np.asarray(array, np.float32)
         require(np.isfinite(found[name]).all(), f"{source}: {name} is not finite")
-    require(not arrays, f"{source} has {[*arrays][:3]}, so it is another kind of model")
+    require(not arrays, f"{source} has {[*arrays][:3]}: another kind of model")
     n = sizes["N"] - 1
-    require(n and math.isqrt(n) ** 2 == n, f"{source} is for images of {n} patches: no square")
+    require(n and math.isqrt(n) ** 2 == n, f"{source} has {n} patches: no square")
     for name in BLOCK_PARAMETERS:
         blocks = [found.pop(f"Transformer/encoderblock_{i}/{name}") for i in range(depth)]
         found[f"Transformer/encoderblock/{name}"] = np.stack(blocks)  # [L, ...]
@@ -814,7 +796,7 @@ def save_checkpoint(path, params, **more):
     """Writes params under their released names, and more, to an .npz. Raises BadInput, OSError."""
     arrays = {}
     for name, array in flatten(jax.device_get(params)).items():
-        require(np.isfinite(array).all(), f"{name} is not finite, {path} stays as it was")
+        require(np.isfinite(array).all(), f"{name} is not finite: {path} stays")
         if "/encoderblock/" in name:
             for i, block in enumerate(array):
                 arrays[name.replace("encoderblock", f"encoderblock_{i}")] = block
@@ -847,11 +829,10 @@ def adapt(params, image_size, num_classes=None):
     """
     patch, _, _, d = params["embedding"]["kernel"].shape
     grid = (image_size or image_size_of(params)) // patch
-    require(grid, f"--image_size={image_size} is smaller than a patch of {patch} pixels")
+    require(grid, f"--image_size={image_size} is smaller than a patch, {patch}")
     embeddings = params["Transformer"]["posembed_input"]["pos_embedding"]
     resized = {"pos_embedding": resize_position_embeddings(embeddings, grid)}
-    transformer = params["Transformer"] | {"posembed_input": resized}
-    params = params | {"Transformer": transformer}  # a copy
+    params = params | {"Transformer": params["Transformer"] | {"posembed_input": resized}}
     if num_classes:
         params.pop("pre_logits", None)
         kernel = np.zeros((d, num_classes), np.float32)
@@ -862,10 +843,9 @@ def adapt(params, image_size, num_classes=None):
 # ------------------------------------------------------------------------------- 7. Runs and hosts
 
 # A run is what its options and its data define; it is resumed from checkpoint.npz in --logdir.
-# Several hosts run one process each. Each reads its own share of the images; only the first writes
-# the run, but to resume, all must see its --logdir. If one fails, JAX ends the others.
-
-PER_HOST = {"coordinator_address", "process_id", "logdir", "data_dir"}  # need not be the same
+# Several hosts run one process each. Each reads its share of the images; only the first writes the
+# run, but to resume, all must see its --logdir. If one fails, JAX ends the others.
+PER_HOST = {"coordinator_address", "process_id", "logdir", "data_dir"}  # may differ
 # What may change when a run is resumed: neither its data nor its mathematics depends on it.
 MAY_CHANGE = PER_HOST | {"num_processes", "accum_steps", "remat", "fused_attention"}
 MAY_CHANGE |= {"log_every", "eval_every", "eval_only"}
@@ -873,10 +853,9 @@ MAY_CHANGE |= {"log_every", "eval_every", "eval_only"}
 
 def same_on_all_hosts(values):
     """Raises BadInput, on every host, naming the first of the values that differs between hosts."""
-    checksums = [zlib.crc32(repr(value).encode()) for value in values.values()]
-    everywhere = multihost_utils.process_allgather(np.uint32(checksums))
-    columns = everywhere.reshape(-1, len(values)).T  # [values, hosts]
-    for (name, value), column in zip(values.items(), columns, strict=True):
+    checksums = np.uint32([zlib.crc32(repr(value).encode()) for value in values.values()])
+    everywhere = multihost_utils.process_allgather(checksums).reshape(-1, len(values))
+    for (name, value), column in zip(values.items(), everywhere.T, strict=True):
         require(np.ptp(column) == 0, f"the hosts differ in {name}, here {str(value)[:200]}")
 
 
@@ -884,7 +863,7 @@ def join_hosts(options):
     """Connects this host with all others. Raises BadInput if their options are not the same."""
     address = options.coordinator_address
     known = re.fullmatch(r"auto|.+:\d+", address)
-    require(known, f"--coordinator_address={address} is not HOST:PORT of the first host, or auto")
+    require(known, f"--coordinator_address={address} is not HOST:PORT or auto")
     print(f"waiting for all hosts at {address}, five minutes at most", flush=True)
     # JAX's preemption service would catch SIGTERM, by which `kill` ends a process.
     jax.config.update("jax_enable_preemption_service", False)
@@ -908,10 +887,10 @@ def claim(logdir):
     try:
         import fcntl
 
-        file = os.open(f"{logdir}/lock", os.O_CREAT | os.O_RDWR)  # open until the process ends
+        file = os.open(f"{logdir}/lock", os.O_CREAT | os.O_RDWR)  # never closed
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise BadInput(f"another process trains in {logdir}: choose another --logdir") from error
+        raise BadInput(f"another process trains in {logdir}: change --logdir") from error
     except (ImportError, OSError):
         pass  # Windows and some network file systems have no such locks
 
@@ -933,7 +912,7 @@ def saved_state(arrays, path):
     params, momentum = to_params(arrays, path), {}
     for name, fresh in flatten(sgd_init(params)).items():
         saved = arrays.get(f"train/momentum/{name}")
-        require(saved is not None, f"{path} was saved with another optimizer: it has no {name}")
+        require(saved is not None, f"{path} is of another optimizer: no {name}")
         momentum[name] = saved.astype(fresh.dtype)
     return {"params": params, "momentum": nest(momentum), "step": np.int32(arrays["train/step"])}
 
@@ -958,7 +937,7 @@ def start_or_resume(options, data):
     for name, value in definition.items():
         was = run.get("definition", {}).get(name)
         changed = f"its {name} was {str(was)[:100]}, not {str(value)[:100]}"
-        require(was == value, f"{path} is of another run, choose another --logdir: {changed}")
+        require(was == value, f"{path} is of another run, change --logdir: {changed}")
     return replicate(saved_state(arrays, path)), run
 
 
@@ -981,7 +960,7 @@ CIFAR = {name: f"hf://datasets/uoft-cs/{name}" for name in ("cifar10", "cifar100
 # The formats that Pillow decodes itself; for others, such as EPS, it would start other programs.
 FORMATS = {"JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM"}
 ENDINGS = {ending for ending, x in Image.registered_extensions().items() if x in FORMATS}
-PngImagePlugin.MAX_TEXT_CHUNK = 64 << 20  # for long colour profiles; Pillow's limit is 1 MiB
+PngImagePlugin.MAX_TEXT_CHUNK = 64 << 20  # for long profiles; Pillow's is 1 MiB
 digit_font = functools.cache(ImageFont.load_default)
 
 
@@ -990,9 +969,8 @@ def draw_digit(i):
     """Digit i modulo 10 in Pillow's own font, shifted and rotated: (RGB image, 32 x 32; label)."""
     rng, label = np.random.default_rng(i), i % 10
     font = digit_font(int(rng.integers(22, 31)))
-    center = tuple(rng.integers(13, 20, 2))
     image = Image.new("L", (32, 32))
-    ImageDraw.Draw(image).text(center, str(label), 255, font, anchor="mm")
+    ImageDraw.Draw(image).text(rng.integers(13, 20, 2), str(label), 255, font, anchor="mm")
     return image.rotate(rng.uniform(-15, 15), BILINEAR).convert("RGB"), label
 
 
@@ -1019,7 +997,7 @@ def choose_test_split(name, splits, first_label):
     for split in ("test", "validation", "val", "valid"):
         if split in splits and first_label(split) >= 0:
             return split
-    require("train" in splits, f"{name} has no train, test or validation, but {[*splits]}")
+    require("train" in splits, f"{name} has no train, test or val, but {[*splits]}")
     return None  # but a tenth of train
 
 
@@ -1030,12 +1008,12 @@ def hub_dataset(name, options):
     parts = re.fullmatch("hf://datasets/([^/]+/[^/]+)(?:/([^/]+))?", name)
     require(parts, f"{name} is not hf://datasets/OWNER/NAME or .../NAME/CONFIG")
     repo, config = parts.groups()
-    listing = fetch(f"{HUB}/api/datasets/{repo}/parquet", options.data_dir)
-    listing = json.loads(listing.read_bytes())  # {config: {split: [address, ...]}}
+    path = fetch(f"{HUB}/api/datasets/{repo}/parquet", options.data_dir)
+    listing = json.loads(path.read_bytes())  # {config: {split: [address, ...]}}
     splits = listing.get(config or next(iter(listing)))
     require(splits, f"{name} is not there, only the configs {[*listing]}")
     if partial := [split for split in splits if split.startswith("partial-")]:
-        say(f"{name}: the hub has only the beginning of {partial}, which is not used")
+        say(f"{name}: the hub has only parts of {partial}, not used")
 
     @functools.cache
     def load(split):
@@ -1043,10 +1021,8 @@ def hub_dataset(name, options):
         files = [fetch(address, options.data_dir) for address in addresses]
         metadata = json.loads(pq.read_schema(files[0]).metadata[b"huggingface"])
         features = metadata["info"]["features"]
-        columns = {}  # {type: its first column}
-        for column, feature in features.items():
-            if "_type" in feature:
-                columns.setdefault(feature["_type"], column)
+        # {type: column}, reversed so that the first column of a type stays.
+        columns = {x["_type"]: key for key, x in reversed(features.items()) if "_type" in x}
         image, label = columns.get("Image"), columns.get("ClassLabel")
         require(image and label, f"{name} has no images with classes, but {columns}")
         rows = pq.read_table(files, columns=[image, label], partitioning=None).to_pylist()
@@ -1078,7 +1054,7 @@ def image_folder(root):
     test = find(f"{root}/test") or find(f"{root}/val")
     train = find(f"{root}/train") or find(root)
     if passed_over:
-        say(f"{root}: passed over, by ending: {dict(passed_over)}")
+        say(f"{root}: passed over {dict(passed_over)}")
     classes = sorted({name for name, _ in train})
     tested = sorted({name for name, _ in test})
     fits = len(classes) > 1 and {*tested} <= {*classes}
@@ -1103,21 +1079,19 @@ def tfds_dataset(name, options):
         raise BadInput(f"{name} is not a file, a folder or a dataset: {why}") from error
     ready = builder.is_prepared() and builder.info.file_format.value == "array_record"
     command = f"tfds build {name} --file_format=array_record --data_dir={options.data_dir}"
-    require(ready, f"{name} must be prepared as ArrayRecord, once, with TensorFlow: {command}")
+    require(ready, f"{name} must be prepared as ArrayRecord, with TensorFlow: {command}")
     features, splits = dict(builder.info.features), builder.info.splits
     classes = getattr(features.get("label"), "names", None)
-    require(classes and "image" in features, f"{name} has no images with classes: {[*features]}")
+    require(classes and "image" in features, f"{name} has no images with classes")
 
     encoded = {"image": tfds.decode.SkipDecoding()}
     source = functools.partial(builder.as_data_source, decoders=encoded)
-    test = choose_test_split(name, splits, lambda x: source(x)[0]["label"])
-    train = "train"
-    if not test:
-        train, test = "train[:90%]", "train[90%:]"
+    tested = choose_test_split(name, splits, lambda x: source(x)[0]["label"])
+    trained, tested = ("train", tested) if tested else ("train[:90%]", "train[90%:]")
     if builder.name == "imagenet2012":
-        train = "train[:99%]"  # as in the release
-    train = source(train) if "train" in splits else []
-    return {"classes": classes, "train": train, "test": source(test)}
+        trained = "train[:99%]"  # as in the release
+    train = source(trained) if "train" in splits else []
+    return {"classes": classes, "train": train, "test": source(tested)}
 
 
 def load_data(name, options):
@@ -1142,7 +1116,7 @@ def load_data(name, options):
     def read(example):  # of the hub or TFDS
         return decode(io.BytesIO(example["image"]), f"in {name}"), int(example["label"])
 
-    return {"name": name, "read": read} | data  # a folder and digits have their own read
+    return {"name": name, "read": read} | data  # data's own, if any
 
 
 # --------------------------------------------------------------------------------------- 9. Photos
@@ -1175,7 +1149,7 @@ def forward_with_rollout(params, image):
 
     blocks = params["Transformer"]["encoderblock"]
     (x, reached), _ = jax.lax.scan(apply_block, (x, identity), blocks)
-    reached = reached[0, 1:]  # what the class token has of each patch: [N-1]
+    reached = reached[0, 1:]  # by the class token: [N-1]
     grid = math.isqrt(reached.size)
     light = jnp.minimum(1, reached / jnp.percentile(reached, 99)).reshape(grid, grid)
     return jax.nn.softmax(head(params, x)[0]), light
@@ -1214,7 +1188,7 @@ PRESETS = {"digits": DIGITS, "imagenet2012": {"total_steps": 20_000}}
 def parse_options(argv=None):
     """The command line: DATA, a list of photos or [], Options with PRESETS. Raises BadInput."""
     parser = argparse.ArgumentParser("vit.py", "vit.py [DATA] [--FLAG ...]", allow_abbrev=False)
-    text = "digits (default), cifar10, hf://datasets/OWNER/NAME, a TFDS set, a folder, or photos"
+    text = "digits, cifar10, hf://datasets/OWNER/NAME, a TFDS set, a folder, or photos"
     parser.add_argument("data", nargs="*", default=["digits"], help=text)
     for field in dataclasses.fields(Options):
         kind = {"action": "store_true"} if field.type is bool else {"type": field.type}
@@ -1222,7 +1196,7 @@ def parse_options(argv=None):
     flags = vars(parser.parse_intermixed_args(argv))
     paths = flags.pop("data")
     photos = paths if all(map(os.path.isfile, paths)) else []
-    require(photos or len(paths) == 1, f"of {' '.join(paths)}, not all are image files")
+    require(photos or len(paths) == 1, f"of {' '.join(paths)}, not all are files")
     run_name = re.sub(r"\W+", "-", paths[0]).strip("-") or "data"  # "./a/b/" -> "a-b"
     flags["logdir"] = os.path.expanduser(flags.get("logdir", f"runs/{run_name}"))
     preset = PRESETS.get(paths[0].split(":")[0], {})  # "imagenet2012:5.1.0", too
@@ -1235,12 +1209,11 @@ def evaluate_only(options, data):
     """Tests the run in options.logdir or else what --pretrained names. Raises BadInput."""
     path = f"{options.logdir}/checkpoint.npz"
     if not os.path.exists(path):
-        require(options.pretrained != "none", f"there is no {path} to test, and --pretrained=none")
+        require(options.pretrained != "none", f"no {path}, and --pretrained=none")
         path = pretrained_file(options, fine_tuned=True)
     say(f"testing {path}")
     params, names = load_classifier(path, options.image_size)
-    count = params["head"]["bias"].size
-    same = count == len(data["classes"]) and names in (None, data["classes"])
+    same = names in (None, data["classes"]) and params["head"]["bias"].size == len(data["classes"])
     require(same, f"{path} has other classes than {data['name']}")
     evaluate(replicate(params), data, options)
 
@@ -1273,6 +1246,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # for names that the terminal cannot show
+    sys.stdout.reconfigure(errors="replace")  # for terminals without Unicode
     if status := main():
-        os._exit(status)  # at once: sys.exit would wait for updates, images and hosts
+        os._exit(status)  # sys.exit would wait for threads and hosts
