@@ -57,7 +57,7 @@ from tqdm import tqdm  # like pyarrow, it comes with TFDS
 
 # D, L and A of each size: the paper, table 1; Ti and S: arXiv 2106.10270. M is always 4 D.
 SIZES = {
-    "XS": (64, 2, 4),  # ours, to learn digits on a CPU
+    "XS": (64, 2, 4),  # ours, for digits
     "Ti": (192, 12, 3),
     "S": (384, 12, 6),
     "B": (768, 12, 12),
@@ -130,7 +130,7 @@ def dropout(x, dropout_key, rate):
 def patch_embedding(images, kernel, bias):
     """Cuts out P x P patches and projects each (paper, eq. 1): [B, H, W, 3] -> [B, N-1, D]."""
     b, h, w, c = images.shape
-    patch = kernel.shape[0]  # of [P, P, 3, D]; H and W are multiples of P
+    patch = kernel.shape[0]  # H and W are multiples of it
     x = images.reshape(b, h // patch, patch, w // patch, patch, c)
     x = x.transpose(0, 1, 3, 2, 4, 5)  # [B, H/P, W/P, P, P, 3]
     x = linear(x, kernel, bias)  # [B, H/P, W/P, D]
@@ -505,7 +505,7 @@ def evaluate(params, data, options):
     for images, labels in tqdm(examples, "evaluating", len(starts), delay=10, mininterval=10):
         before = right
         right = before + eval_step(params, images, labels, options)
-        jax.block_until_ready(before)  # so at most two batches are queued
+        jax.block_until_ready(before)  # so two are queued at most
     say(f"test accuracy {int(right) / count:.2%} of {count} images")
     return int(right) / count
 
@@ -546,9 +546,9 @@ def train(options, data):
         log = is_last or done % options.log_every == 0
         test = is_last or done % options.eval_every == 0
         if log or is_first:
-            value, lr = float(loss), float(rate)  # this waits for the update
+            value, lr = float(loss), float(rate)  # this waits
             require(math.isfinite(value), f"the loss of step {done} is {value}; lower --base_lr")
-            seconds = (time.perf_counter() - clock) / (done - clock_step)  # per update
+            seconds = (time.perf_counter() - clock) / (done - clock_step)
             speed = options.batch_size / seconds
             left = timedelta(seconds=round(seconds * (total - done)))
             pace = f"{speed:.1f} images/s  {left} left, plus evaluations"
@@ -580,7 +580,7 @@ def option(default, help, **more):
 class Options:
     """All flags. Defaults are the release's, where it has the option. Raises BadInput."""
 
-    model: str = option("ViT-B_16", "ViT-SIZE_PATCH, for --pretrained=released or none")
+    model: str = option("ViT-B_16", "ViT-SIZE_PATCH, if not from a file")
     pretrained: str = option("released", "released, none, a file or an address")
     image_size: int = option(384, "pixels, in whole patches; 0: the checkpoint's")
     dtype: str = option("float32", "of activations", choices=("float32", "bfloat16"))
@@ -590,7 +590,7 @@ class Options:
     warmup_steps: int = option(500, "updates while the rate rises")
     base_lr: float = option(0.03, "learning rate after the warm-up")
     decay_type: str = option("cosine", "decay of the rate", choices=("cosine", "linear"))
-    grad_norm_clip: float = option(1.0, "maximum global norm of the gradients")
+    grad_norm_clip: float = option(1.0, "maximum norm of all gradients")
     dropout: float = option(0.0, "dropout rate")
     mixup_alpha: float = option(0.0, "blend images by Beta(alpha, alpha)")
     augment: str = option("inception", "random crops and flips", choices=("inception", "none"))
@@ -668,7 +668,7 @@ def fetch(url, data_dir):
             with tqdm.wrapattr(reply, "read", total=reply.length, desc=url) as stream:
                 shutil.copyfileobj(stream, file)
             require(not reply.length, f"{reply.length} bytes are missing")
-    except Exception as error:  # networks fail in many ways
+    except Exception as error:  # of many types
         raise BadInput(f"cannot fetch {url} ({error}); by hand, put it at {path}") from error
     return path
 
@@ -751,7 +751,7 @@ def read_arrays(path):
                 file = io.BytesIO(archive.read(name))  # this checks the CRC-32
                 arrays[name.removesuffix(".npy")] = np.load(file)
         return arrays
-    except Exception as error:  # damaged bytes raise a dozen types
+    except Exception as error:  # a dozen types
         raise BadInput(f"cannot read {path} as .npz or timm's .safetensors ({error})") from error
 
 
@@ -862,8 +862,7 @@ def same_on_all_hosts(values):
 def join_hosts(options):
     """Connects this host with all others. Raises BadInput if their options are not the same."""
     address = options.coordinator_address
-    known = re.fullmatch(r"auto|.+:\d+", address)
-    require(known, f"--coordinator_address={address} is not HOST:PORT or auto")
+    require(re.fullmatch(r"auto|.+:\d+", address), f"--coordinator_address={address}: no HOST:PORT")
     print(f"waiting for all hosts at {address}, five minutes at most", flush=True)
     # JAX's preemption service would catch SIGTERM, by which `kill` ends a process.
     jax.config.update("jax_enable_preemption_service", False)
@@ -987,7 +986,7 @@ def decode(file, name):
                 white = Image.new("RGBA", image.size, "white")
                 image = Image.alpha_composite(white, image.convert("RGBA"))
             return image.convert("RGB")
-    except Exception as error:  # damaged bytes raise a dozen types
+    except Exception as error:  # a dozen types
         way_out = "put another picture in its place and run the same command again"
         raise BadInput(f"cannot read the image {name} ({error}); {way_out}") from error
 
@@ -1149,7 +1148,7 @@ def forward_with_rollout(params, image):
 
     blocks = params["Transformer"]["encoderblock"]
     (x, reached), _ = jax.lax.scan(apply_block, (x, identity), blocks)
-    reached = reached[0, 1:]  # by the class token: [N-1]
+    reached = reached[0, 1:]  # [N-1]
     grid = math.isqrt(reached.size)
     light = jnp.minimum(1, reached / jnp.percentile(reached, 99)).reshape(grid, grid)
     return jax.nn.softmax(head(params, x)[0]), light
