@@ -150,7 +150,7 @@ def attention(x, query, key, value, out, fused=False):
     if fused:
         y, weights = jax.nn.dot_product_attention(q, k, v, implementation="cudnn"), None
     else:
-        q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # [B, A, N, E]
+        q, k, v = (z.swapaxes(1, 2) for z in (q, k, v))  # [B, A, N, E]
         scores = jnp.matmul(q, k.swapaxes(2, 3), preferred_element_type=jnp.float32)
         weights = jax.nn.softmax(scores / q.shape[-1] ** 0.5, axis=-1)  # [B, A, N, N]
         y = (weights.astype(v.dtype) @ v).swapaxes(1, 2)  # [B, N, A, E]
@@ -400,8 +400,7 @@ def say(line):
 
 
 def to_array(image, size, box=None):
-    """A Pillow image, or a box of it, as uint8 [size, size, 3]."""
-    # Bilinear; where an image shrinks, its pixels are averaged, unlike in the release.
+    """An image or a box of it: uint8 [size, size, 3]. Unlike the release, it averages to shrink."""
     return np.asarray(image.resize((size, size), BILINEAR, box))
 
 
@@ -503,8 +502,7 @@ def evaluate(params, data, options):
     examples = batches(example, (start + positions for start in starts))
     right = 0
     for images, labels in tqdm(examples, "evaluating", len(starts), delay=10, mininterval=10):
-        before = right
-        right = before + eval_step(params, images, labels, options)
+        before, right = right, right + eval_step(params, images, labels, options)
         jax.block_until_ready(before)  # so two are queued at most
     say(f"test accuracy {int(right) / count:.2%} of {count} images")
     return int(right) / count
@@ -992,7 +990,7 @@ def decode(file, name):
 
 
 def choose_test_split(name, splits, first_label):
-    """The split to test on, or None: one whose first_label is not -1 (hidden). Raises BadInput."""
+    """The split to test on, or None: hidden labels begin with a label of -1. Raises BadInput."""
     for split in ("test", "validation", "val", "valid"):
         if split in splits and first_label(split) >= 0:
             return split
@@ -1021,9 +1019,9 @@ def hub_dataset(name, options):
         metadata = json.loads(pq.read_schema(files[0]).metadata[b"huggingface"])
         features = metadata["info"]["features"]
         # {type: column}, reversed so that the first column of a type stays.
-        columns = {x["_type"]: key for key, x in reversed(features.items()) if "_type" in x}
-        image, label = columns.get("Image"), columns.get("ClassLabel")
-        require(image and label, f"{name} has no images with classes, but {columns}")
+        column_of = {x["_type"]: key for key, x in reversed(features.items()) if "_type" in x}
+        image, label = column_of.get("Image"), column_of.get("ClassLabel")
+        require(image and label, f"{name} has no images with classes, but {column_of}")
         rows = pq.read_table(files, columns=[image, label], partitioning=None).to_pylist()
         examples = [{"image": row[image]["bytes"], "label": row[label]} for row in rows]
         return {"examples": examples, "classes": features[label]["names"]}
@@ -1050,7 +1048,7 @@ def image_folder(root):
                 passed_over[ending or "none"] += 1
         return items
 
-    test = find(f"{root}/test") or find(f"{root}/val")
+    test = find(f"{root}/test") or find(f"{root}/validation") or find(f"{root}/val")
     train = find(f"{root}/train") or find(root)
     if passed_over:
         say(f"{root}: passed over {dict(passed_over)}")
@@ -1115,7 +1113,8 @@ def load_data(name, options):
     def read(example):  # of the hub or TFDS
         return decode(io.BytesIO(example["image"]), f"in {name}"), int(example["label"])
 
-    return {"name": name, "read": read} | data  # data's own, if any
+    data.setdefault("read", read)  # digits and folders bring their own
+    return data | {"name": name}
 
 
 # --------------------------------------------------------------------------------------- 9. Photos
@@ -1167,7 +1166,8 @@ def classify(options, photos):
         image = decode(photo, photo)
         pixels = to_pixels(to_array(image, image_size_of(params)), options.dtype)
         probabilities, light = jax.device_get(forward_with_rollout(params, pixels[None]))
-        picture = Path(photo).as_posix().replace("/", "--").lstrip("-.") + "-attention.png"
+        name = Path(photo).as_posix().replace("../", "up--").replace("/", "--").lstrip("-")
+        picture = f"{name}-attention.png"
         say(f"{photo}, and where the model looked: {picture}")
         for label in probabilities.argsort()[::-1][:5]:
             say(f"{probabilities[label]:8.2%}  {names[label]}")
