@@ -51,7 +51,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.nn.initializers import lecun_normal, normal, ones, xavier_uniform, zeros
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
-from tqdm import tqdm  # like pyarrow, it comes with TFDS
+from tqdm import tqdm  # it comes with TFDS
 
 # ----------------------------------------------------------------------------------------- 1. Model
 
@@ -130,7 +130,7 @@ def dropout(x, dropout_key, rate):
 def patch_embedding(images, kernel, bias):
     """Cuts out P x P patches and projects each (paper, eq. 1): [B, H, W, 3] -> [B, N-1, D]."""
     b, h, w, c = images.shape
-    patch = kernel.shape[0]  # H and W are multiples of it
+    patch = kernel.shape[0]  # of [P, P, 3, D]
     x = images.reshape(b, h // patch, patch, w // patch, patch, c)
     x = x.transpose(0, 1, 3, 2, 4, 5)  # [B, H/P, W/P, P, P, 3]
     x = linear(x, kernel, bias)  # [B, H/P, W/P, D]
@@ -341,7 +341,7 @@ def train_step(state, images, labels, options):
     def loss_of(params, images, labels, dropout_key):
         images = to_pixels(images)
         targets = jax.nn.one_hot(labels, params["head"]["bias"].size)
-        if options.mixup_alpha:  # one draw for the whole batch
+        if options.mixup_alpha:  # one draw for a batch
             lam = jax.random.beta(mixup_key, options.mixup_alpha, options.mixup_alpha)
             images, targets = mixup(images, targets, lam)
         images = images.astype(options.dtype)
@@ -516,11 +516,11 @@ def train(options, data):
     again, and it goes on. On CPUs, with the same options, devices and versions, it ends with the
     same bits as a run that was never stopped. Raises BadInput, also for a loss that is not finite.
     """
-    require(len(data["train"]), "there are no images for training")
+    require(len(data["train"]), "no images for training")
     positions = batch_positions(options.batch_size, options.accum_steps)
     can_mix = positions.shape[-1] > 1 or not options.mixup_alpha
     require(can_mix, "--mixup_alpha needs two images at a time: lower --accum_steps")
-    state, run = start_or_resume(options, data)  # part 7
+    state, run = start_or_resume(options, data)
     first, total = int(state["step"]), options.total_steps
     size = image_size_of(state["params"])
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
@@ -552,7 +552,7 @@ def train(options, data):
             pace = f"{speed:.1f} images/s  {left} left, plus evaluations"
             say(f"step {done}/{total}  loss {value:.4f}  lr {lr:.2e}  {pace}")
             if is_first and left > timedelta(hours=1) and jax.default_backend() == "cpu":
-                say("no GPU or TPU was found; for a CPU: --model=ViT-Ti_16 --image_size=224")
+                say("no GPU or TPU found; for a CPU: --model=ViT-Ti_16 --image_size=224")
             if log:
                 run["rows"].append((done, value, lr, speed, ""))
         if test:
@@ -582,18 +582,18 @@ class Options:
     pretrained: str = option("released", "released, none, a file or an address")
     image_size: int = option(384, "pixels, in whole patches; 0: the checkpoint's")
     dtype: str = option("float32", "of activations", choices=("float32", "bfloat16"))
-    batch_size: int = option(512, "images per update, on all devices")
+    batch_size: int = option(512, "images per update")
     accum_steps: int = option(8, "micro-batches per update")
     total_steps: int = option(10_000, "number of updates")
     warmup_steps: int = option(500, "updates while the rate rises")
-    base_lr: float = option(0.03, "learning rate after the warm-up")
+    base_lr: float = option(0.03, "rate after the warm-up")
     decay_type: str = option("cosine", "decay of the rate", choices=("cosine", "linear"))
     grad_norm_clip: float = option(1.0, "maximum norm of all gradients")
     dropout: float = option(0.0, "dropout rate")
     mixup_alpha: float = option(0.0, "blend images by Beta(alpha, alpha)")
     augment: str = option("inception", "random crops and flips", choices=("inception", "none"))
     seed: int = option(0, "random seed")
-    logdir: str = option("runs", "folder of the run; by default runs/DATA")
+    logdir: str = option("runs", "folder of the run; commands add /DATA")
     data_dir: str = option("~/tensorflow_datasets", "folder of TFDS and downloads")
     log_every: int = option(10, "updates between lines of progress")
     eval_every: int = option(100, "updates between evaluations and checkpoints")
@@ -844,7 +844,7 @@ def adapt(params, image_size, num_classes=None):
 # Several hosts run one process each. Each reads its share of the images; only the first writes the
 # run, but to resume, all must see its --logdir. If one fails, JAX ends the others.
 PER_HOST = {"coordinator_address", "process_id", "logdir", "data_dir"}  # may differ
-# What may change when a run is resumed: neither its data nor its mathematics depends on it.
+# What may change when a run is resumed. (accum_steps changes what dropout and mixup draw.)
 MAY_CHANGE = PER_HOST | {"num_processes", "accum_steps", "remat", "fused_attention"}
 MAY_CHANGE |= {"log_every", "eval_every", "eval_only"}
 
@@ -918,7 +918,7 @@ def start_or_resume(options, data):
     """The state to go on from, on all devices, and the run: {"definition", "rows" of metrics.csv}.
 
     They come from checkpoint.npz in options.logdir if it is there. Raises BadInput if that is of
-    another run. (With other devices or accum_steps, dropout and mixup go on differently.)
+    another run. Other devices, like another accum_steps, change what dropout and mixup draw.
     """
     if jax.process_index() == 0:
         claim(options.logdir)
@@ -990,12 +990,12 @@ def decode(file, name):
 
 
 def choose_test_split(name, splits, first_label):
-    """The split to test on, or None: hidden labels begin with a label of -1. Raises BadInput."""
+    """The first split whose labels are not hidden (-1), or None. Raises BadInput."""
     for split in ("test", "validation", "val", "valid"):
         if split in splits and first_label(split) >= 0:
             return split
     require("train" in splits, f"{name} has no train, test or val, but {[*splits]}")
-    return None  # but a tenth of train
+    return None  # so a tenth of train
 
 
 def hub_dataset(name, options):
@@ -1142,7 +1142,7 @@ def forward_with_rollout(params, image):
     def apply_block(x_and_reached, block):
         x, reached = x_and_reached
         x, weights = encoder_block(x, block)
-        mixed = (weights[0].mean(axis=0) + identity) / 2  # [A, N, N] -> [N, N]
+        mixed = (weights[0].mean(axis=0) + identity) / 2  # [N, N]
         return (x, mixed @ reached), None
 
     blocks = params["Transformer"]["encoderblock"]
@@ -1158,7 +1158,7 @@ def classify(options, photos):
     path = pretrained_file(options, fine_tuned=True)
     params, names = load_classifier(path, options.image_size)
     count = params["head"]["bias"].size
-    if not names and count == 1000:  # ImageNet's, we assume
+    if not names and count == 1000:  # ImageNet's
         from tensorflow_datasets.datasets.siscore.labels import IMAGENET_LABELS_LIST as names
     names = names or range(count)
     params = jax.device_put(params)
