@@ -306,7 +306,7 @@ def sgd_update(params, momentum, grads, rate, beta=0.9):
     """SGD with momentum, not Nesterov, without weight decay: returns new params and momentum.
 
     As in the release, momentum is stored in bfloat16, and beta * m is computed in it (unless XLA
-    keeps more bits). The sum with the gradient is float32, and so is what the params get of it.
+    keeps more bits). To add g gives float32; params use that sum before it is rounded for storage.
     """
     momentum = jax.tree.map(lambda m, g: beta * m + g, momentum, grads)
     params = jax.tree.map(lambda p, m: p - rate * m, params, momentum)
@@ -536,10 +536,10 @@ def train(options, data):
         is_first, is_last = done == first + 1, done == total
         previous_loss = loss
         state, loss, rate = train_step(state, images, labels, options)
-        if is_first:  # it is compiled, and has begun to run
+        if is_first:  # compiled: start the clock
             clock, clock_step = time.perf_counter(), first
         # train_step returns before anything is computed. To wait for the update before this one
-        # keeps one update in the queue: devices never idle, and batches do not pile up on them.
+        # keeps one update in the queue: devices rarely idle, and batches do not pile up on them.
         jax.block_until_ready(previous_loss)
         log = is_last or done % options.log_every == 0
         test = is_last or done % options.eval_every == 0
@@ -625,7 +625,7 @@ class Options:
 # file -> read_arrays -> {released name: array} -> to_params -> params -> adapt -> other params
 
 HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-# The released models in timm's copy: pre-trained on ImageNet-21k, and then fine-tuned on ImageNet.
+# The released models in timm's copy: one pre-trained on ImageNet-21k, one fine-tuned on ImageNet.
 # orig: the paper's; augreg: those of arXiv 2106.10270.
 RELEASED = {
     "ViT-Ti_16": ("tiny_patch16_224.augreg_in21k", "tiny_patch16_384.augreg_in21k_ft_in1k"),
@@ -844,7 +844,7 @@ def adapt(params, image_size, num_classes=None):
 # Several hosts run one process each. Each reads its share of the images; only the first writes the
 # run, but to resume, all must see its --logdir. If one fails, JAX ends the others.
 PER_HOST = {"coordinator_address", "process_id", "logdir", "data_dir"}  # may differ
-# What may change when a run is resumed. (accum_steps changes what dropout and mixup draw.)
+# What may change when a run is resumed, see `start_or_resume`.
 MAY_CHANGE = PER_HOST | {"num_processes", "accum_steps", "remat", "fused_attention"}
 MAY_CHANGE |= {"log_every", "eval_every", "eval_only"}
 
@@ -918,7 +918,7 @@ def start_or_resume(options, data):
     """The state to go on from, on all devices, and the run: {"definition", "rows" of metrics.csv}.
 
     They come from checkpoint.npz in options.logdir if it is there. Raises BadInput if that is of
-    another run. Other devices, like another accum_steps, change what dropout and mixup draw.
+    another run. Other devices or accum_steps change dropout's draws and mixup's pairs.
     """
     if jax.process_index() == 0:
         claim(options.logdir)
