@@ -243,7 +243,8 @@ def test_logits_at_any_resolution_and_every_gradient_equal_the_original(params):
 
 @pytest.mark.skipif("UPSTREAM" not in os.environ, reason="UPSTREAM names no copy of the original")
 def test_the_original_computes_these_numbers_again(monkeypatch):
-    flax, optax = map(pytest.importorskip, ("flax", "optax"))
+    needed = "flax", "optax", "flax.training.checkpoints", "scipy.ndimage"
+    flax, optax, *_ = map(pytest.importorskip, needed)
     monkeypatch.syspath_prepend(os.environ["UPSTREAM"])
     idle = "tensorflow.io clu pandas tqdm vit_jax.input_pipeline vit_jax.models tensorflow"
     idle = {name: mock.MagicMock(**{"gfile.GFile": open}) for name in idle.split()}

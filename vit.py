@@ -503,7 +503,7 @@ def evaluate(params, data, options):
     right = 0
     for images, labels in tqdm(examples, "evaluating", len(starts), delay=10, mininterval=10):
         before, right = right, right + eval_step(params, images, labels, options)
-        jax.block_until_ready(before)  # so two are queued at most
+        jax.block_until_ready(before)  # two are queued at most
     say(f"test accuracy {int(right) / count:.2%} of {count} images")
     return int(right) / count
 
@@ -683,10 +683,10 @@ def pretrained_file(options, fine_tuned=False):
 
 def read_safetensors(path):
     """{name: float32 array} of a .safetensors file."""
-    # Eight bytes give the length of a JSON header, which says where in the rest an array lies.
+    # Eight bytes give the length (1 MiB at most) of a JSON header: where in the rest an array lies.
     dtypes = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
     data = np.fromfile(path, np.uint8)
-    start = 8 + int.from_bytes(data[:8].tobytes(), "little")
+    start = 8 + min(2**20, int.from_bytes(data[:8].tobytes(), "little"))
     header, data = json.loads(str(data[8:start], "ascii")), data[start:]
     header.pop("__metadata__", None)
     begins, ends = zip(*sorted(entry["data_offsets"] for entry in header.values()), strict=True)
