@@ -1018,7 +1018,7 @@ def hub_dataset(name, options):
         files = [fetch(address, options.data_dir) for address in addresses]
         metadata = json.loads(pq.read_schema(files[0]).metadata[b"huggingface"])
         features = metadata["info"]["features"]
-        # {type: column}, reversed so that the first column of a type stays.
+        # {type: its first column}: reversed, so the first wins.
         column_of = {x["_type"]: key for key, x in reversed(features.items()) if "_type" in x}
         image, label = column_of.get("Image"), column_of.get("ClassLabel")
         require(image and label, f"{name} has no images with classes, but {column_of}")
@@ -1083,8 +1083,8 @@ def tfds_dataset(name, options):
 
     encoded = {"image": tfds.decode.SkipDecoding()}
     source = functools.partial(builder.as_data_source, decoders=encoded)
-    tested = choose_test_split(name, splits, lambda x: source(x)[0]["label"])
-    trained, tested = ("train", tested) if tested else ("train[:90%]", "train[90%:]")
+    split = choose_test_split(name, splits, lambda x: source(x)[0]["label"])
+    trained, tested = ("train", split) if split else ("train[:90%]", "train[90%:]")
     if builder.name == "imagenet2012":
         trained = "train[:99%]"  # as in the release
     train = source(trained) if "train" in splits else []
