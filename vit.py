@@ -51,13 +51,13 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.nn.initializers import lecun_normal, normal, ones, xavier_uniform, zeros
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
-from tqdm import tqdm  # it comes with TFDS
+from tqdm import tqdm  # it comes with tensorflow-datasets, like pyarrow below
 
 # ----------------------------------------------------------------------------------------- 1. Model
 
 # D, L and A of each size: the paper, table 1; Ti and S: arXiv 2106.10270. M is always 4 D.
 SIZES = {
-    "XS": (64, 2, 4),  # ours, for digits
+    "XS": (64, 2, 4),  # ours, to learn digits on a CPU
     "Ti": (192, 12, 3),
     "S": (384, 12, 6),
     "B": (768, 12, 12),
@@ -78,7 +78,7 @@ PARAMETERS = {
     "Transformer/posembed_input/pos_embedding": ("1ND", normal(0.02), "pos_embed"),
     "Transformer/encoder_norm/scale": ("D", ones, "norm.weight"),
     "Transformer/encoder_norm/bias": ("D", zeros, "norm.bias"),
-    "pre_logits/kernel": ("DD", None, None),  # only for ImageNet-21k
+    "pre_logits/kernel": ("DD", None, None),  # only in ImageNet-21k checkpoints of the paper
     "pre_logits/bias": ("D", None, None),
     "head/kernel": ("DK", zeros, "head.weight"),
     "head/bias": ("K", zeros, "head.bias"),
@@ -106,7 +106,11 @@ BLOCK_PARAMETERS = {
 
 
 def linear(x, kernel, bias):
-    """x @ kernel + bias: [..., D] -> [..., M]. A kernel [D, A, E] makes heads, [A, E, D] joins."""
+    """x @ kernel + bias in the dtype of x: [..., D] -> [..., M], by a kernel [D, M] and a bias [M].
+
+    A kernel [D, A, E] makes heads, [A, E, D] joins them, and [P, P, 3, D] projects patches: as many
+    axes are summed over as the kernel has more than the bias.
+    """
     kernel, bias = kernel.astype(x.dtype), bias.astype(x.dtype)
     return jnp.tensordot(x, kernel, kernel.ndim - bias.ndim) + bias
 
@@ -130,10 +134,10 @@ def dropout(x, dropout_key, rate):
 def patch_embedding(images, kernel, bias):
     """Cuts out P x P patches and projects each (paper, eq. 1): [B, H, W, 3] -> [B, N-1, D]."""
     b, h, w, c = images.shape
-    patch = kernel.shape[0]  # of [P, P, 3, D]
+    patch = kernel.shape[0]  # of [P, P, 3, D]; H and W are multiples of P
     x = images.reshape(b, h // patch, patch, w // patch, patch, c)
     x = x.transpose(0, 1, 3, 2, 4, 5)  # [B, H/P, W/P, P, P, 3]
-    x = linear(x, kernel, bias)  # [B, H/P, W/P, D]
+    x = linear(x, kernel, bias)  # [B, H/P, W/P, D], as by a convolution of stride P
     return x.reshape(b, -1, bias.size)  # [B, N-1, D]
 
 
@@ -141,14 +145,16 @@ def attention(x, query, key, value, out, fused=False):
     """Multi-head self-attention (paper, appendix A): [B, N, D] -> [B, N, D], and its weights.
 
     query, key, value: kernel [D, A, E] and bias [A, E]; out: kernel [A, E, D] and bias [D]. The
-    weights, float32 [B, A, N, N], say how much each token (row) attends to each (column). fused: by
-    one kernel of cuDNN, without weights (None), in bfloat16, on NVIDIA GPUs from Ampere on.
+    weights, float32 [B, A, N, N], say how much each token (row) attends to each (column). fused:
+    cuDNN does it all in one kernel and returns no weights (None stands for them); it needs bfloat16
+    and an NVIDIA GPU, Ampere or later.
     """
     q = linear(x, **query)  # [B, N, D] -> [B, N, A, E]
     k = linear(x, **key)
     v = linear(x, **value)
     if fused:
-        y, weights = jax.nn.dot_product_attention(q, k, v, implementation="cudnn"), None
+        y = jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+        weights = None
     else:
         q, k, v = (z.swapaxes(1, 2) for z in (q, k, v))  # [B, A, N, E]
         scores = jnp.matmul(q, k.swapaxes(2, 3), preferred_element_type=jnp.float32)
@@ -158,8 +164,8 @@ def attention(x, query, key, value, out, fused=False):
 
 
 def mlp(x, Dense_0, Dense_1, dropout_key=None, dropout_rate=0.0):
-    """Two linear layers, GELU (by tanh, as in the release) between: [B, N, D] -> M -> [B, N, D]."""
-    x = jax.nn.gelu(linear(x, **Dense_0), approximate=True)  # [B, N, M]
+    """Two linear layers with a GELU between them: [B, N, D] -> [B, N, M] -> [B, N, D]."""
+    x = jax.nn.gelu(linear(x, **Dense_0), approximate=True)  # by tanh, as in the release
     return linear(dropout(x, dropout_key, dropout_rate), **Dense_1)
 
 
@@ -184,8 +190,9 @@ def embed(params, images):
 
 
 def head(params, x):
-    """Class token after the last block -> logits (eq. 4): [B, N, D] -> [B, K], float32."""
-    x = layer_norm(x[:, 0], **params["Transformer"]["encoder_norm"])  # [B, D]
+    """Tokens after the last block -> logits (paper, eq. 4): [B, N, D] -> [B, K], float32."""
+    x = x[:, 0]  # the class token: [B, D]
+    x = layer_norm(x, **params["Transformer"]["encoder_norm"])
     if "pre_logits" in params:
         x = jnp.tanh(linear(x, **params["pre_logits"]))
     return linear(x.astype(jnp.float32), **params["head"])
@@ -200,7 +207,7 @@ def forward(params, images, dropout_key=None, dropout_rate=0.0, remat=False, fus
     on. Raises TypeError if the number of patches does not fit the position embeddings.
     """
     blocks = params["Transformer"]["encoderblock"]  # [L, ...]
-    input_key, block_keys = None, None
+    input_key, block_keys = None, None  # None has no leaves: scan accepts it
     if dropout_key is not None:
         keys = jax.random.split(dropout_key, 1 + len(blocks["LayerNorm_0"]["scale"]))
         input_key, block_keys = keys[0], keys[1:]  # [L]
@@ -217,7 +224,8 @@ def forward(params, images, dropout_key=None, dropout_rate=0.0, remat=False, fus
     policies = jax.checkpoint_policies
     policy = policies.nothing_saveable if remat else policies.dots_with_no_batch_dims_saveable
     apply_block = jax.checkpoint(apply_block, policy=policy, prevent_cse=False)
-    # scan applies it to block after block and carries x along. XLA compiles one block, not L.
+    # scan applies it to slice after slice of the stacked blocks, and carries x along. XLA compiles
+    # one block instead of L. (prevent_cse is needed outside of a scan only.)
     x, _ = jax.lax.scan(apply_block, x, (blocks, block_keys))
     return head(params, x)
 
@@ -239,7 +247,7 @@ def init_params(key, model, image_size, num_classes):
     """Random params of a model like "ViT-B_16", as in the release: a nested dict of float32."""
     size, patch = model.removeprefix("ViT-").split("_")
     d, depth, heads = SIZES[size]
-    grid = image_size // int(patch)  # patches along a side
+    grid = image_size // int(patch)  # patches along a side, rounded down
     sizes = {"1": 1, "3": 3, "P": int(patch), "N": 1 + grid * grid, "D": d}
     sizes |= {"L": depth, "A": heads, "E": d // heads, "M": 4 * d, "K": num_classes}
     table = dict(PARAMETERS)
@@ -273,7 +281,7 @@ def cross_entropy(logits, targets):
 
 
 def mixup(images, targets, lam):
-    """lam * batch + (1 - lam) * reversed batch (arXiv 1710.09412), for B > 1: [B, ...]."""
+    """lam * batch + (1 - lam) * reversed batch, of B > 1 (arXiv 1710.09412): [B, ...] -> same."""
     return tuple(lam * x + (1 - lam) * x[::-1] for x in (images, targets))
 
 
@@ -329,6 +337,7 @@ def train_step(state, images, labels, options):
     state: a dict of params, momentum and step (int32 [], the number of updates before this one).
     images: uint8 [local devices, accum_steps, B, H, W, 3]; labels: int32 [local devices,
     accum_steps, B], for micro-batches of B. Inside, the axis of devices is gone. options: part 5.
+
     Random keys derive from seed, step and, for dropout, the device. Only `pmean` communicates: it
     averages loss and gradients over the devices of all hosts, so all compute the same state.
     """
@@ -341,7 +350,7 @@ def train_step(state, images, labels, options):
     def loss_of(params, images, labels, dropout_key):
         images = to_pixels(images)
         targets = jax.nn.one_hot(labels, params["head"]["bias"].size)
-        if options.mixup_alpha:  # one draw for a batch
+        if options.mixup_alpha:  # the same draw for all micro-batches and devices
             lam = jax.random.beta(mixup_key, options.mixup_alpha, options.mixup_alpha)
             images, targets = mixup(images, targets, lam)
         images = images.astype(options.dtype)
@@ -379,6 +388,7 @@ def eval_step(params, images, labels, options):
 # of any kind; "read", a function: item -> (Pillow image in RGB, label from 0 to K-1).
 
 BILINEAR = Image.Resampling.BILINEAR
+# Those that this process may use, where the system can tell.
 CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 POOL = ThreadPoolExecutor(CPUS)
 
@@ -400,7 +410,8 @@ def say(line):
 
 
 def to_array(image, size, box=None):
-    """An image or a box of it: uint8 [size, size, 3]. Unlike the release, it averages to shrink."""
+    """A Pillow image, or a box of it, squeezed into a square: uint8 [size, size, 3]."""
+    # Bilinear; where an image shrinks, its pixels are averaged, unlike in the release.
     return np.asarray(image.resize((size, size), BILINEAR, box))
 
 
@@ -408,7 +419,7 @@ def inception_crop(rng, width, height):
     """A random box (left, upper, right, lower) in pixels, drawn as by TensorFlow in the release."""
     aspect = rng.uniform(3 / 4, 1.33)  # w / h
     # h is uniform among the heights for which the box fits and has at least 5 % of the area, if it
-    # can. Where a rounded width makes it too small, h grows by one. Offsets leave out the far edge.
+    # can. Where a rounded width makes it too small, h grows by one.
     area = 0.05 * width * height
     largest = min(height, int((width + 0.5) / aspect))
     smallest = min(largest, max(1, round(math.sqrt(area / aspect))))
@@ -416,11 +427,12 @@ def inception_crop(rng, width, height):
     if h * round(h * aspect) < area:
         h = min(largest, h + 1)
     w = round(h * aspect)
-    left, upper = rng.integers(max(1, width - w)), rng.integers(max(1, height - h))
+    left = rng.integers(max(1, width - w))  # a box that can move never reaches the far edge
+    upper = rng.integers(max(1, height - h))
     return left, upper, left + w, upper + h
 
 
-@functools.lru_cache(2)  # this epoch and the next
+@functools.lru_cache(2)  # this epoch and the next, because threads read ahead
 def epoch_order(seed, epoch, count):
     """The order in which an epoch visits count examples: a permutation, int [count]."""
     return np.random.default_rng([seed, 0, epoch]).permutation(count)
@@ -436,10 +448,10 @@ def training_example(data, options, image_size, index):
     epoch, place = divmod(index, count)
     item = data["train"][epoch_order(options.seed, epoch, count)[place]]
     image, label = data["read"](item)
-    require(0 <= label < len(data["classes"]), f"the label {label} of an image is no class")
+    require(0 <= label < len(data["classes"]), f"an image has the label {label}: no such class")
     if options.augment == "none":
         return to_array(image, image_size), label
-    rng = np.random.default_rng([options.seed, 1, index])
+    rng = np.random.default_rng([options.seed, 1, index])  # 0 is for the order of examples
     pixels = to_array(image, image_size, inception_crop(rng, *image.size))
     if rng.random() < 0.5:
         pixels = pixels[:, ::-1]
@@ -471,11 +483,11 @@ def batches(example, indices, ahead=3):
     def start(batch):
         return batch.shape, POOL.map(read, np.array_split(batch.ravel(), CPUS))
 
-    started = map(start, indices)  # lazy: when a batch is taken from it
+    started = map(start, indices)  # lazy: it starts a batch when that is taken from it
     waiting = collections.deque(itertools.islice(started, ahead))
     while waiting:
         shape, parts = waiting.popleft()
-        images, labels = zip(*itertools.chain(*parts), strict=True)
+        images, labels = zip(*itertools.chain(*parts), strict=True)  # waits for the threads
         waiting.extend(itertools.islice(started, 1))
         images = np.stack(images)
         yield images.reshape(*shape, *images.shape[1:]), np.int32(labels).reshape(shape)
@@ -489,7 +501,7 @@ def evaluate(params, data, options):
     count, size = len(data["test"]), image_size_of(params)
 
     def example(i):
-        if i >= count:  # fills the last batch, is never right
+        if i >= count:  # fills the last batch; label -1 never equals a prediction
             return np.zeros((size, size, 3), np.uint8), -1
         image, label = data["read"](data["test"][i])
         return to_array(image, size), label
@@ -502,10 +514,12 @@ def evaluate(params, data, options):
     examples = batches(example, (start + positions for start in starts))
     right = 0
     for images, labels in tqdm(examples, "evaluating", len(starts), delay=10, mininterval=10):
-        before, right = right, right + eval_step(params, images, labels, options)
-        jax.block_until_ready(before)  # two are queued at most
-    say(f"test accuracy {int(right) / count:.2%} of {count} images")
-    return int(right) / count
+        before = right
+        right = before + eval_step(params, images, labels, options)
+        jax.block_until_ready(before)  # so at most two batches are queued
+    accuracy = int(right) / count
+    say(f"test accuracy {accuracy:.2%} of {count} images")
+    return accuracy
 
 
 def train(options, data):
@@ -514,12 +528,13 @@ def train(options, data):
     The first host writes to options.logdir: first_batch.png (the first eight examples) and, after
     each evaluation, metrics.csv and checkpoint.npz. A kill costs the updates since then: call it
     again, and it goes on. On CPUs, with the same options, devices and versions, it ends with the
-    same bits as a run that was never stopped. Raises BadInput, also for a loss that is not finite.
+    same bits as a run that was never stopped. Raises BadInput for what does not fit or cannot be
+    read, and for a loss that is not finite.
     """
-    require(len(data["train"]), "no images for training")
+    require(len(data["train"]), "there are no images for training, only for --eval_only")
     positions = batch_positions(options.batch_size, options.accum_steps)
     can_mix = positions.shape[-1] > 1 or not options.mixup_alpha
-    require(can_mix, "--mixup_alpha needs two images at a time: lower --accum_steps")
+    require(can_mix, "--mixup_alpha needs two images at a time on each device: lower --accum_steps")
     state, run = start_or_resume(options, data)
     first, total = int(state["step"]), options.total_steps
     size = image_size_of(state["params"])
@@ -530,13 +545,13 @@ def train(options, data):
         images = [example(i)[0] for i in range(8)]
         Image.fromarray(np.hstack(images)).save(f"{options.logdir}/first_batch.png")
     indices = (step * options.batch_size + positions for step in range(first, total))
-    say("this run is complete" if first == total else "compiling ...")
+    say("this run is complete; --eval_only tests it again" if first == total else "compiling ...")
     loss = 0.0
     for done, (images, labels) in enumerate(batches(example, indices), first + 1):
         is_first, is_last = done == first + 1, done == total
         previous_loss = loss
         state, loss, rate = train_step(state, images, labels, options)
-        if is_first:  # compiled: start the clock
+        if is_first:  # it is compiled now, and begins to run: the clock leaves compilation out
             clock, clock_step = time.perf_counter(), first
         # train_step returns before anything is computed. To wait for the update before this one
         # keeps one update in the queue: devices rarely idle, and batches do not pile up on them.
@@ -544,15 +559,15 @@ def train(options, data):
         log = is_last or done % options.log_every == 0
         test = is_last or done % options.eval_every == 0
         if log or is_first:
-            value, lr = float(loss), float(rate)  # this waits
+            value, lr = float(loss), float(rate)  # this waits for the update
             require(math.isfinite(value), f"the loss of step {done} is {value}; lower --base_lr")
-            seconds = (time.perf_counter() - clock) / (done - clock_step)
+            seconds = (time.perf_counter() - clock) / (done - clock_step)  # of one update
             speed = options.batch_size / seconds
             left = timedelta(seconds=round(seconds * (total - done)))
             pace = f"{speed:.1f} images/s  {left} left, plus evaluations"
             say(f"step {done}/{total}  loss {value:.4f}  lr {lr:.2e}  {pace}")
             if is_first and left > timedelta(hours=1) and jax.default_backend() == "cpu":
-                say("no GPU or TPU found; for a CPU: --model=ViT-Ti_16 --image_size=224")
+                say("no GPU or TPU was found; for a CPU: --model=ViT-Ti_16 --image_size=224")
             if log:
                 run["rows"].append((done, value, lr, speed, ""))
         if test:
@@ -574,32 +589,32 @@ def option(default, help, **more):
     return dataclasses.field(default=default, metadata=more)
 
 
-@dataclasses.dataclass(frozen=True)  # for static arguments
+@dataclasses.dataclass(frozen=True)  # and so hashable, as static arguments must be
 class Options:
     """All flags. Defaults are the release's, where it has the option. Raises BadInput."""
 
-    model: str = option("ViT-B_16", "ViT-SIZE_PATCH, if not from a file")
-    pretrained: str = option("released", "released, none, a file or an address")
-    image_size: int = option(384, "pixels, in whole patches; 0: the checkpoint's")
+    model: str = option("ViT-B_16", "ViT-SIZE_PATCH, for --pretrained=released or none")
+    pretrained: str = option("released", "released, none, or a checkpoint's file or address")
+    image_size: int = option(384, "in pixels, rounded down to whole patches; 0: the checkpoint's")
     dtype: str = option("float32", "of activations", choices=("float32", "bfloat16"))
-    batch_size: int = option(512, "images per update")
+    batch_size: int = option(512, "images per update, over all devices and hosts")
     accum_steps: int = option(8, "micro-batches per update")
     total_steps: int = option(10_000, "number of updates")
-    warmup_steps: int = option(500, "updates while the rate rises")
-    base_lr: float = option(0.03, "rate after the warm-up")
+    warmup_steps: int = option(500, "updates during which the learning rate rises")
+    base_lr: float = option(0.03, "learning rate after the warm-up")
     decay_type: str = option("cosine", "decay of the rate", choices=("cosine", "linear"))
-    grad_norm_clip: float = option(1.0, "maximum norm of all gradients")
+    grad_norm_clip: float = option(1.0, "maximum global norm of the gradients")
     dropout: float = option(0.0, "dropout rate")
-    mixup_alpha: float = option(0.0, "blend images by Beta(alpha, alpha)")
+    mixup_alpha: float = option(0.0, "blend images by Beta(alpha, alpha); 0: off")
     augment: str = option("inception", "random crops and flips", choices=("inception", "none"))
     seed: int = option(0, "random seed")
     logdir: str = option("runs", "folder of the run; commands add /DATA")
-    data_dir: str = option("~/tensorflow_datasets", "folder of TFDS and downloads")
+    data_dir: str = option("~/tensorflow_datasets", "folder of datasets and downloads")
     log_every: int = option(10, "updates between lines of progress")
     eval_every: int = option(100, "updates between evaluations and checkpoints")
     eval_only: bool = option(False, "test the run in --logdir, or else --pretrained")
     remat: bool = option(False, "recompute blocks to save memory")
-    fused_attention: bool = option(False, "cuDNN's, on NVIDIA from Ampere on")
+    fused_attention: bool = option(False, "cuDNN's: for bfloat16, on NVIDIA GPUs from Ampere on")
     coordinator_address: str = option("", "HOST:PORT of the first host, or auto")
     num_processes: int = option(1, "number of hosts")
     process_id: int = option(0, "rank of this host, from 0")
@@ -611,11 +626,12 @@ class Options:
             allowed = isinstance(value, str) or least <= value < 2**31
             require(allowed, f"--{name}={value} is not from {least} to 2**31 - 1")
         model = re.fullmatch(rf"ViT-({'|'.join(SIZES)})_[1-9]\d*", self.model)
-        require(model, f"--model={self.model} is not like ViT-B_16, of {[*SIZES]}")
+        require(model, f"--model={self.model} is not like ViT-B_16, with a size of {[*SIZES]}")
         require(self.dropout < 1, f"--dropout={self.dropout} must be below 1")
-        require(self.grad_norm_clip > 0, "--grad_norm_clip must be above 0")
-        require(self.warmup_steps < self.total_steps, "--warmup_steps must be below --total_steps")
-        require(self.process_id < self.num_processes, "--process_id >= --num_processes")
+        require(self.grad_norm_clip > 0, f"--grad_norm_clip={self.grad_norm_clip} must be above 0")
+        warms_up = self.warmup_steps < self.total_steps
+        require(warms_up, f"--warmup_steps={self.warmup_steps} must be below --total_steps")
+        require(self.process_id < self.num_processes, "--process_id must be below --num_processes")
         can_fuse = self.dtype == "bfloat16" or not self.fused_attention
         require(can_fuse, "--fused_attention needs --dtype=bfloat16")
 
@@ -624,7 +640,7 @@ class Options:
 
 # file -> read_arrays -> {released name: array} -> to_params -> params -> adapt -> other params
 
-HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")  # or a mirror of it
 # The released models in timm's copy: one pre-trained on ImageNet-21k, one fine-tuned on ImageNet.
 # orig: the paper's; augreg: those of arXiv 2106.10270.
 RELEASED = {
@@ -666,7 +682,7 @@ def fetch(url, data_dir):
             with tqdm.wrapattr(reply, "read", total=reply.length, desc=url) as stream:
                 shutil.copyfileobj(stream, file)
             require(not reply.length, f"{reply.length} bytes are missing")
-    except Exception as error:  # of many types
+    except Exception as error:  # networks fail in many ways
         raise BadInput(f"cannot fetch {url} ({error}); by hand, put it at {path}") from error
     return path
 
@@ -676,21 +692,27 @@ def pretrained_file(options, fine_tuned=False):
     path = os.path.expanduser(options.pretrained)
     if path == "released":
         names = {model: both[fine_tuned] for model, both in RELEASED.items() if both[fine_tuned]}
-        require(options.model in names, f"--model={options.model} is not among {[*names]}")
+        why = f"--model={options.model} is not among the released: {[*names]}"
+        require(options.model in names, why)
         path = f"{HUB}/timm/vit_{names[options.model]}/resolve/main/model.safetensors"
     return fetch(path, options.data_dir) if re.match("https?://", path) else path
 
 
 def read_safetensors(path):
-    """{name: float32 array} of a .safetensors file."""
-    # Eight bytes give the length (1 MiB at most) of a JSON header: where in the rest an array lies.
+    """{name: float32 array} of a .safetensors file that holds F32, F16 or BF16.
+
+    Eight bytes give the length of a JSON header, which says which bytes of the rest are which
+    array. Damage raises many types of exceptions; a false length reads 1 MiB at most as a header.
+    """
     dtypes = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
     data = np.fromfile(path, np.uint8)
     start = 8 + min(2**20, int.from_bytes(data[:8].tobytes(), "little"))
-    header, data = json.loads(str(data[8:start], "ascii")), data[start:]
+    header = json.loads(str(data[8:start], "ascii"))
     header.pop("__metadata__", None)
-    begins, ends = zip(*sorted(entry["data_offsets"] for entry in header.values()), strict=True)
-    in_a_row = [*begins, len(data)] == [0, *ends]
+    data = data[start:]
+    offsets = sorted(entry["data_offsets"] for entry in header.values())
+    begins, ends = zip(*offsets, strict=True)
+    in_a_row = [*begins, len(data)] == [0, *ends]  # each begins where the one before ends
     require(in_a_row, "its arrays do not follow each other to its end")
     arrays = {}
     for name, entry in header.items():
@@ -715,24 +737,24 @@ def from_timm(arrays):
     width with another number of heads is read wrongly. timm's GELU is the exact one, at most 4.7e-4
     from ours. DeiT and DINO were trained on pixels scaled in another way: fine-tune them first.
     """
-    require("cls_token" in arrays, "no cls_token; is it transformers'? Take timm's")
+    require("cls_token" in arrays, "it has no cls_token; for transformers' names, take timm's copy")
     width = arrays["cls_token"].shape[-1]
     heads = {d: a for d, _, a in SIZES.values()}.get(width)
-    require(heads, f"its width {width} is not in SIZES: how many heads?")
+    require(heads, f"its width {width} is not in SIZES, so its number of heads is unknown")
     sizes = {"D": width, "A": heads, "E": width // heads}
     depth = sum(name.endswith("norm1.bias") for name in arrays)
     known = {timm for _, _, timm in rows_of(depth)}
     # Unknown arrays keep their names, so that `to_params` refuses them.
     released = {name: array for name, array in arrays.items() if name not in known}
     for name, axes, timm in rows_of(depth):
-        if timm in arrays:  # pre_logits never is
+        if timm in arrays:  # pre_logits never is, and in some files no head
             array = arrays[timm]
-            if ".qkv." in timm:  # all three in one: [3D, D] or [3D]
+            if ".qkv." in timm:  # query, key and value in one: [3D, D] or [3D]
                 part = ["query", "key", "value"].index(name.split("/")[-2])
                 array = np.split(array, 3)[part]
             if name.endswith("kernel"):  # [out, in] -> [in, out]; [D, 3, P, P] -> [P, P, 3, D]
                 array = np.moveaxis(array, (0, 1), (-1, -2))
-            if "A" in axes:  # heads get an axis
+            if "A" in axes:  # the heads get an axis of their own
                 array = array.reshape([sizes[letter] for letter in axes])
             released[name] = array
     return released
@@ -741,15 +763,19 @@ def from_timm(arrays):
 def read_arrays(path):
     """{released name: array} of an .npz, or of timm's .safetensors. Raises BadInput."""
     try:
-        if not zipfile.is_zipfile(path):
+        with open(path, "rb") as file:
+            is_npz = file.read(2) == b"PK"
+        if not is_npz:
             return from_timm(read_safetensors(path))
         arrays = {}
         with zipfile.ZipFile(path) as archive:
             for name in archive.namelist():
-                file = io.BytesIO(archive.read(name))  # this checks the CRC-32
+                file = io.BytesIO(
+                    archive.read(name)
+                )  # this checks the CRC-32, before NumPy sees the bytes
                 arrays[name.removesuffix(".npy")] = np.load(file)
         return arrays
-    except Exception as error:  # a dozen types
+    except Exception as error:  # damaged bytes raise a dozen types in zipfile, zlib, NumPy, json
         raise BadInput(f"cannot read {path} as .npz or timm's .safetensors ({error})") from error
 
 
@@ -765,14 +791,14 @@ def to_params(arrays, source):
         require(name in arrays, f"{source} has no {name}")
         array = arrays.pop(name)
         for letter, n in zip(axes, array.shape, strict=False):
-            sizes.setdefault(letter, n)  # the first array binds it
+            sizes.setdefault(letter, n)  # the first array with a letter decides its size
         shape = tuple(sizes.get(letter) for letter in axes)
-        require(array.shape == shape, f"{source}: {name} is {array.shape}, not {shape}")
+        require(array.shape == shape, f"{source}: {name} has the shape {array.shape}, not {shape}")
         found[name] = np.asarray(array, np.float32)
         require(np.isfinite(found[name]).all(), f"{source}: {name} is not finite")
-    require(not arrays, f"{source} has {[*arrays][:3]}: another kind of model")
+    require(not arrays, f"{source} has {[*arrays][:3]}, so it is another kind of model")
     n = sizes["N"] - 1
-    require(n and math.isqrt(n) ** 2 == n, f"{source} has {n} patches: no square")
+    require(n and math.isqrt(n) ** 2 == n, f"{source} has {n} patches, which make no square")
     for name in BLOCK_PARAMETERS:
         blocks = [found.pop(f"Transformer/encoderblock_{i}/{name}") for i in range(depth)]
         found[f"Transformer/encoderblock/{name}"] = np.stack(blocks)  # [L, ...]
@@ -794,7 +820,7 @@ def save_checkpoint(path, params, **more):
     """Writes params under their released names, and more, to an .npz. Raises BadInput, OSError."""
     arrays = {}
     for name, array in flatten(jax.device_get(params)).items():
-        require(np.isfinite(array).all(), f"{name} is not finite: {path} stays")
+        require(np.isfinite(array).all(), f"{name} is not finite, {path} stays as it was")
         if "/encoderblock/" in name:
             for i, block in enumerate(array):
                 arrays[name.replace("encoderblock", f"encoderblock_{i}")] = block
@@ -827,10 +853,11 @@ def adapt(params, image_size, num_classes=None):
     """
     patch, _, _, d = params["embedding"]["kernel"].shape
     grid = (image_size or image_size_of(params)) // patch
-    require(grid, f"--image_size={image_size} is smaller than a patch, {patch}")
+    require(grid, f"--image_size={image_size} is smaller than a patch of {patch} pixels")
     embeddings = params["Transformer"]["posembed_input"]["pos_embedding"]
     resized = {"pos_embedding": resize_position_embeddings(embeddings, grid)}
-    params = params | {"Transformer": params["Transformer"] | {"posembed_input": resized}}
+    transformer = params["Transformer"] | {"posembed_input": resized}
+    params = params | {"Transformer": transformer}  # a copy: the caller's stays as it is
     if num_classes:
         params.pop("pre_logits", None)
         kernel = np.zeros((d, num_classes), np.float32)
@@ -843,24 +870,27 @@ def adapt(params, image_size, num_classes=None):
 # A run is what its options and its data define; it is resumed from checkpoint.npz in --logdir.
 # Several hosts run one process each. Each reads its share of the images; only the first writes the
 # run, but to resume, all must see its --logdir. If one fails, JAX ends the others.
-PER_HOST = {"coordinator_address", "process_id", "logdir", "data_dir"}  # may differ
-# What may change when a run is resumed, see `start_or_resume`.
+
+# What need not be the same on all hosts; and what, besides, may change when a run is resumed.
+PER_HOST = {"coordinator_address", "process_id", "logdir", "data_dir"}
 MAY_CHANGE = PER_HOST | {"num_processes", "accum_steps", "remat", "fused_attention"}
 MAY_CHANGE |= {"log_every", "eval_every", "eval_only"}
 
 
 def same_on_all_hosts(values):
     """Raises BadInput, on every host, naming the first of the values that differs between hosts."""
-    checksums = np.uint32([zlib.crc32(repr(value).encode()) for value in values.values()])
-    everywhere = multihost_utils.process_allgather(checksums).reshape(-1, len(values))
-    for (name, value), column in zip(values.items(), everywhere.T, strict=True):
+    checksums = [zlib.crc32(repr(value).encode()) for value in values.values()]
+    everywhere = multihost_utils.process_allgather(np.uint32(checksums))
+    columns = everywhere.reshape(-1, len(values)).T  # [values, hosts]
+    for (name, value), column in zip(values.items(), columns, strict=True):
         require(np.ptp(column) == 0, f"the hosts differ in {name}, here {str(value)[:200]}")
 
 
 def join_hosts(options):
     """Connects this host with all others. Raises BadInput if their options are not the same."""
     address = options.coordinator_address
-    require(re.fullmatch(r"auto|.+:\d+", address), f"--coordinator_address={address}: no HOST:PORT")
+    known = re.fullmatch(r"auto|.+:\d+", address)
+    require(known, f"--coordinator_address={address} must be HOST:PORT of the first host, or auto")
     print(f"waiting for all hosts at {address}, five minutes at most", flush=True)
     # JAX's preemption service would catch SIGTERM, by which `kill` ends a process.
     jax.config.update("jax_enable_preemption_service", False)
@@ -882,18 +912,18 @@ def claim(logdir):
     """Locks a folder until this process ends. Raises BadInput if another process has done so."""
     os.makedirs(logdir, exist_ok=True)
     try:
-        import fcntl
+        import fcntl  # the system ends its locks with the process, even with a killed one
 
-        file = os.open(f"{logdir}/lock", os.O_CREAT | os.O_RDWR)  # never closed
+        file = os.open(f"{logdir}/lock", os.O_CREAT | os.O_RDWR)  # to close it would unlock it
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise BadInput(f"another process trains in {logdir}: change --logdir") from error
+        raise BadInput(f"another process trains in {logdir}: choose another --logdir") from error
     except (ImportError, OSError):
         pass  # Windows and some network file systems have no such locks
 
 
 def new_state(options, num_classes):
-    """The state before the first update."""
+    """The state before the first update: {"params", "momentum", "step"}. Raises BadInput."""
     if options.pretrained == "none":
         # train_step uses fold_in(key, step) with a step below 2**31, and so never this key.
         key = jax.random.fold_in(jax.random.key(options.seed), 2**31)
@@ -909,7 +939,7 @@ def saved_state(arrays, path):
     params, momentum = to_params(arrays, path), {}
     for name, fresh in flatten(sgd_init(params)).items():
         saved = arrays.get(f"train/momentum/{name}")
-        require(saved is not None, f"{path} is of another optimizer: no {name}")
+        require(saved is not None, f"{path} was saved with another optimizer: it has no {name}")
         momentum[name] = saved.astype(fresh.dtype)
     return {"params": params, "momentum": nest(momentum), "step": np.int32(arrays["train/step"])}
 
@@ -934,7 +964,7 @@ def start_or_resume(options, data):
     for name, value in definition.items():
         was = run.get("definition", {}).get(name)
         changed = f"its {name} was {str(was)[:100]}, not {str(value)[:100]}"
-        require(was == value, f"{path} is of another run, change --logdir: {changed}")
+        require(was == value, f"{path} is of another run, choose another --logdir: {changed}")
     return replicate(saved_state(arrays, path)), run
 
 
@@ -957,7 +987,7 @@ CIFAR = {name: f"hf://datasets/uoft-cs/{name}" for name in ("cifar10", "cifar100
 # The formats that Pillow decodes itself; for others, such as EPS, it would start other programs.
 FORMATS = {"JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM"}
 ENDINGS = {ending for ending, x in Image.registered_extensions().items() if x in FORMATS}
-PngImagePlugin.MAX_TEXT_CHUNK = 64 << 20  # for long profiles; Pillow's is 1 MiB
+PngImagePlugin.MAX_TEXT_CHUNK = 64 << 20  # bytes of a colour profile; Pillow's limit is 1 MiB
 digit_font = functools.cache(ImageFont.load_default)
 
 
@@ -978,39 +1008,46 @@ def decode(file, name):
             image.load()
             # Modes F and I: floats, and integers of 16 or 32 bits, which Pillow cuts off at 255.
             require(image.mode[0] not in "FI", "save it with 8 bits per channel")
-            with contextlib.suppress(Exception):  # of damaged EXIF
+            with contextlib.suppress(Exception):  # damaged EXIF raises once the image is turned
                 ImageOps.exif_transpose(image, in_place=True)
             if image.has_transparency_data:
                 white = Image.new("RGBA", image.size, "white")
                 image = Image.alpha_composite(white, image.convert("RGBA"))
             return image.convert("RGB")
-    except Exception as error:  # a dozen types
+    except Exception as error:  # damaged bytes raise a dozen types in Pillow's decoders
         way_out = "put another picture in its place and run the same command again"
         raise BadInput(f"cannot read the image {name} ({error}); {way_out}") from error
 
 
 def choose_test_split(name, splits, first_label):
-    """The first split whose labels are not hidden (-1), or None. Raises BadInput."""
+    """The split to test on: the first of four usual names whose labels are not hidden as -1.
+
+    None stands for a tenth of train. first_label: a function from a split to the label of its first
+    image, by which it is judged. Raises BadInput if there is nothing to test on.
+    """
     for split in ("test", "validation", "val", "valid"):
         if split in splits and first_label(split) >= 0:
             return split
-    require("train" in splits, f"{name} has no train, test or val, but {[*splits]}")
-    return None  # so a tenth of train
+    require("train" in splits, f"{name} has no train, test, validation or val, but {[*splits]}")
+    return None
 
 
 def hub_dataset(name, options):
-    """A set of the Hugging Face hub, held in memory. Raises BadInput if it has no classes."""
+    """A set of the Hugging Face hub: hf://datasets/OWNER/NAME, or hf://datasets/OWNER/NAME/CONFIG.
+
+    Its Parquet files are held in memory. Raises BadInput if it has no images with classes.
+    """
     import pyarrow.parquet as pq
 
     parts = re.fullmatch("hf://datasets/([^/]+/[^/]+)(?:/([^/]+))?", name)
-    require(parts, f"{name} is not hf://datasets/OWNER/NAME or .../NAME/CONFIG")
+    require(parts, f"{name} is not hf://datasets/OWNER/NAME or hf://datasets/OWNER/NAME/CONFIG")
     repo, config = parts.groups()
     path = fetch(f"{HUB}/api/datasets/{repo}/parquet", options.data_dir)
     listing = json.loads(path.read_bytes())  # {config: {split: [address, ...]}}
     splits = listing.get(config or next(iter(listing)))
     require(splits, f"{name} is not there, only the configs {[*listing]}")
     if partial := [split for split in splits if split.startswith("partial-")]:
-        say(f"{name}: the hub has only parts of {partial}, not used")
+        say(f"{name}: the hub has only the beginning of {partial}, which is not used")
 
     @functools.cache
     def load(split):
@@ -1035,12 +1072,12 @@ def hub_dataset(name, options):
 
 
 def image_folder(root):
-    """Images in {train,test|val}/CLASS, or in CLASS alone. Raises BadInput."""
+    """Images in train/CLASS and test/CLASS (or validation, val), or in CLASS. Raises BadInput."""
     passed_over = collections.Counter()
 
     def find(folder):  # [(class, path)]
         items = []
-        for path in sorted(Path(folder).glob("[!.@]*/[!.]*")):  # no .cache, no @eaDir
+        for path in sorted(Path(folder).glob("[!.@]*/[!.]*")):  # nothing like .cache and @eaDir
             ending = path.suffix.lower() if path.is_file() else "folder"
             if ending in ENDINGS:
                 items.append((path.parent.name, str(path)))
@@ -1067,20 +1104,21 @@ def image_folder(root):
 
 def tfds_dataset(name, options):
     """A TFDS dataset. Raises BadInput if it is not prepared, which alone needs TensorFlow."""
-    import tensorflow_datasets as tfds  # slow to import
+    import tensorflow_datasets as tfds  # only here: importing it takes longer than JAX
 
     try:
         builder = tfds.builder(name, data_dir=os.path.expanduser(options.data_dir))
     except (ValueError, AssertionError) as error:
-        why = str(error).partition("\n")[0]
+        why = str(error).partition("\n")[0]  # the lines after it list all datasets
         raise BadInput(f"{name} is not a file, a folder or a dataset: {why}") from error
     ready = builder.is_prepared() and builder.info.file_format.value == "array_record"
     command = f"tfds build {name} --file_format=array_record --data_dir={options.data_dir}"
-    require(ready, f"{name} must be prepared as ArrayRecord, with TensorFlow: {command}")
+    require(ready, f"{name} must be prepared as ArrayRecord, once, with TensorFlow: {command}")
     features, splits = dict(builder.info.features), builder.info.splits
     classes = getattr(features.get("label"), "names", None)
-    require(classes and "image" in features, f"{name} has no images with classes")
+    require(classes and "image" in features, f"{name} has no images with classes: {[*features]}")
 
+    # source: from a split to a sequence of {"image": encoded image, "label": int}.
     encoded = {"image": tfds.decode.SkipDecoding()}
     source = functools.partial(builder.as_data_source, decoders=encoded)
     split = choose_test_split(name, splits, lambda x: source(x)[0]["label"])
@@ -1142,23 +1180,26 @@ def forward_with_rollout(params, image):
     def apply_block(x_and_reached, block):
         x, reached = x_and_reached
         x, weights = encoder_block(x, block)
-        mixed = (weights[0].mean(axis=0) + identity) / 2  # [N, N]
+        mixed = (weights[0].mean(axis=0) + identity) / 2  # [A, N, N] -> [N, N]
         return (x, mixed @ reached), None
 
     blocks = params["Transformer"]["encoderblock"]
     (x, reached), _ = jax.lax.scan(apply_block, (x, identity), blocks)
-    reached = reached[0, 1:]  # [N-1]
+    reached = reached[0, 1:]  # what the class token has of each patch: [N-1]
     grid = math.isqrt(reached.size)
     light = jnp.minimum(1, reached / jnp.percentile(reached, 99)).reshape(grid, grid)
     return jax.nn.softmax(head(params, x)[0]), light
 
 
 def classify(options, photos):
-    """Prints five classes for each photo, and writes it, lit by attention. Raises BadInput."""
+    """Prints the five most likely classes of each photo, and writes PHOTO-attention.png.
+
+    It shows the photo and a copy, dark where the class token does not look. Raises BadInput.
+    """
     path = pretrained_file(options, fine_tuned=True)
     params, names = load_classifier(path, options.image_size)
     count = params["head"]["bias"].size
-    if not names and count == 1000:  # ImageNet's
+    if not names and count == 1000:  # we assume that they are ImageNet's
         from tensorflow_datasets.datasets.siscore.labels import IMAGENET_LABELS_LIST as names
     names = names or range(count)
     params = jax.device_put(params)
@@ -1171,13 +1212,15 @@ def classify(options, photos):
         say(f"{photo}, and where the model looked: {picture}")
         for label in probabilities.argsort()[::-1][:5]:
             say(f"{probabilities[label]:8.2%}  {names[label]}")
-        mask = Image.fromarray(np.uint8(26 + 229 * light)).resize(image.size, BILINEAR)
+        light = np.uint8(26 + 229 * light)  # from 10 % to full brightness
+        mask = Image.fromarray(light).resize(image.size, BILINEAR)
         attended = Image.composite(image, Image.new("RGB", image.size), mask)
         Image.fromarray(np.hstack([image, attended])).save(picture)
 
 
 # ------------------------------------------------------------------------------- 10. Command line
 
+# What takes the place of the defaults of Options for some DATA.
 DIGITS = {"model": "ViT-XS_8", "pretrained": "none", "image_size": 32, "augment": "none"}
 DIGITS |= {"batch_size": 64, "accum_steps": 1, "base_lr": 0.1}
 DIGITS |= {"total_steps": 800, "warmup_steps": 100, "log_every": 100}
@@ -1187,7 +1230,7 @@ PRESETS = {"digits": DIGITS, "imagenet2012": {"total_steps": 20_000}}
 def parse_options(argv=None):
     """The command line: DATA, a list of photos or [], Options with PRESETS. Raises BadInput."""
     parser = argparse.ArgumentParser("vit.py", "vit.py [DATA] [--FLAG ...]", allow_abbrev=False)
-    text = "digits, cifar10, hf://datasets/OWNER/NAME, a TFDS set, a folder, or photos"
+    text = "digits (default), cifar10, hf://datasets/OWNER/NAME, a TFDS set, a folder, or photos"
     parser.add_argument("data", nargs="*", default=["digits"], help=text)
     for field in dataclasses.fields(Options):
         kind = {"action": "store_true"} if field.type is bool else {"type": field.type}
@@ -1195,12 +1238,12 @@ def parse_options(argv=None):
     flags = vars(parser.parse_intermixed_args(argv))
     paths = flags.pop("data")
     photos = paths if all(map(os.path.isfile, paths)) else []
-    require(photos or len(paths) == 1, f"of {' '.join(paths)}, not all are files")
+    require(photos or len(paths) == 1, f"of {' '.join(paths)}, not all are image files")
     run_name = re.sub(r"\W+", "-", paths[0]).strip("-") or "data"  # "./a/b/" -> "a-b"
     flags["logdir"] = os.path.expanduser(flags.get("logdir", f"runs/{run_name}"))
     preset = PRESETS.get(paths[0].split(":")[0], {})  # "imagenet2012:5.1.0", too
     if photos or "eval_only" in flags:
-        preset = preset | {"image_size": 0}
+        preset = preset | {"image_size": 0}  # as the checkpoint has it
     return paths[0], photos, Options(**(preset | flags))
 
 
@@ -1208,11 +1251,12 @@ def evaluate_only(options, data):
     """Tests the run in options.logdir or else what --pretrained names. Raises BadInput."""
     path = f"{options.logdir}/checkpoint.npz"
     if not os.path.exists(path):
-        require(options.pretrained != "none", f"no {path}, and --pretrained=none")
+        require(options.pretrained != "none", f"there is no {path} to test, and --pretrained=none")
         path = pretrained_file(options, fine_tuned=True)
     say(f"testing {path}")
     params, names = load_classifier(path, options.image_size)
-    same = names in (None, data["classes"]) and params["head"]["bias"].size == len(data["classes"])
+    count = params["head"]["bias"].size  # released heads have no names, so they are counted
+    same = count == len(data["classes"]) and names in (None, data["classes"])
     require(same, f"{path} has other classes than {data['name']}")
     evaluate(replicate(params), data, options)
 
@@ -1231,7 +1275,7 @@ def main(argv=None):
             train(options, load_data(data, options))
         return 0
     except KeyboardInterrupt:
-        print("vit.py: stopped; the same command goes on with a run", file=sys.stderr)
+        print("vit.py: stopped; the same command resumes a run", file=sys.stderr)
         return 130
     except Exception as error:
         message = " ".join(str(error).split())[:600]
@@ -1245,6 +1289,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # for terminals without Unicode
+    sys.stdout.reconfigure(errors="replace")  # for names that the terminal cannot show
     if status := main():
-        os._exit(status)  # sys.exit would wait for threads and hosts
+        os._exit(status)  # at once: sys.exit would wait for updates, images and hosts
