@@ -705,11 +705,11 @@ def read_safetensors(path):
     array. Damage raises many types of exceptions; a false length reads 1 MiB at most as a header.
     """
     dtypes = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
-    data = np.fromfile(path, np.uint8)
-    start = 8 + min(2**20, int.from_bytes(data[:8].tobytes(), "little"))
-    header = json.loads(str(data[8:start], "ascii"))
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(str(file.read(min(length, 2**20)), "ascii"))
+        data = np.fromfile(file, np.uint8)
     header.pop("__metadata__", None)
-    data = data[start:]
     offsets = sorted(entry["data_offsets"] for entry in header.values())
     begins, ends = zip(*offsets, strict=True)
     in_a_row = [*begins, len(data)] == [0, *ends]  # each begins where the one before ends
@@ -743,11 +743,10 @@ def from_timm(arrays):
     require(heads, f"its width {width} is not in SIZES, so its number of heads is unknown")
     sizes = {"D": width, "A": heads, "E": width // heads}
     depth = sum(name.endswith("norm1.bias") for name in arrays)
-    known = {timm for _, _, timm in rows_of(depth)}
-    # Unknown arrays keep their names, so that `to_params` refuses them.
-    released = {name: array for name, array in arrays.items() if name not in known}
+    released = dict(arrays)  # unknown arrays keep their names, so that `to_params` refuses them
     for name, axes, timm in rows_of(depth):
         if timm in arrays:  # pre_logits never is, and in some files no head
+            released.pop(timm, None)
             array = arrays[timm]
             if ".qkv." in timm:  # query, key and value in one: [3D, D] or [3D]
                 part = ["query", "key", "value"].index(name.split("/")[-2])
@@ -763,17 +762,13 @@ def from_timm(arrays):
 def read_arrays(path):
     """{released name: array} of an .npz, or of timm's .safetensors. Raises BadInput."""
     try:
-        with open(path, "rb") as file:
-            is_npz = file.read(2) == b"PK"
-        if not is_npz:
+        if not zipfile.is_zipfile(path):
             return from_timm(read_safetensors(path))
         arrays = {}
         with zipfile.ZipFile(path) as archive:
             for name in archive.namelist():
-                file = io.BytesIO(
-                    archive.read(name)
-                )  # this checks the CRC-32, before NumPy sees the bytes
-                arrays[name.removesuffix(".npy")] = np.load(file)
+                data = archive.read(name)  # this checks the CRC-32, before NumPy sees the bytes
+                arrays[name.removesuffix(".npy")] = np.load(io.BytesIO(data))
         return arrays
     except Exception as error:  # damaged bytes raise a dozen types in zipfile, zlib, NumPy, json
         raise BadInput(f"cannot read {path} as .npz or timm's .safetensors ({error})") from error
@@ -789,13 +784,13 @@ def to_params(arrays, source):
         if name.split("/")[0] in absent:
             continue
         require(name in arrays, f"{source} has no {name}")
-        array = arrays.pop(name)
+        array = np.asarray(arrays.pop(name), np.float32)
         for letter, n in zip(axes, array.shape, strict=False):
             sizes.setdefault(letter, n)  # the first array with a letter decides its size
         shape = tuple(sizes.get(letter) for letter in axes)
         require(array.shape == shape, f"{source}: {name} has the shape {array.shape}, not {shape}")
-        found[name] = np.asarray(array, np.float32)
-        require(np.isfinite(found[name]).all(), f"{source}: {name} is not finite")
+        require(np.isfinite(array).all(), f"{source}: {name} is not finite")
+        found[name] = array
     require(not arrays, f"{source} has {[*arrays][:3]}, so it is another kind of model")
     n = sizes["N"] - 1
     require(n and math.isqrt(n) ** 2 == n, f"{source} has {n} patches, which make no square")
@@ -818,14 +813,12 @@ def flatten(tree):
 
 def save_checkpoint(path, params, **more):
     """Writes params under their released names, and more, to an .npz. Raises BadInput, OSError."""
-    arrays = {}
-    for name, array in flatten(jax.device_get(params)).items():
+    arrays = flatten(jax.device_get(params))
+    for name, array in arrays.items():
         require(np.isfinite(array).all(), f"{name} is not finite, {path} stays as it was")
-        if "/encoderblock/" in name:
-            for i, block in enumerate(array):
-                arrays[name.replace("encoderblock", f"encoderblock_{i}")] = block
-        else:
-            arrays[name] = array
+    for name in BLOCK_PARAMETERS:
+        for i, block in enumerate(arrays.pop(f"Transformer/encoderblock/{name}")):
+            arrays[f"Transformer/encoderblock_{i}/{name}"] = block
     with atomic_write(path) as file:
         np.savez(file, **arrays, **more)
 
@@ -854,10 +847,9 @@ def adapt(params, image_size, num_classes=None):
     patch, _, _, d = params["embedding"]["kernel"].shape
     grid = (image_size or image_size_of(params)) // patch
     require(grid, f"--image_size={image_size} is smaller than a patch of {patch} pixels")
-    embeddings = params["Transformer"]["posembed_input"]["pos_embedding"]
-    resized = {"pos_embedding": resize_position_embeddings(embeddings, grid)}
-    transformer = params["Transformer"] | {"posembed_input": resized}
-    params = params | {"Transformer": transformer}  # a copy: the caller's stays as it is
+    params = jax.device_get(params)  # in new dicts: the caller's stay as they are
+    embeddings = params["Transformer"]["posembed_input"]
+    embeddings["pos_embedding"] = resize_position_embeddings(embeddings["pos_embedding"], grid)
     if num_classes:
         params.pop("pre_logits", None)
         kernel = np.zeros((d, num_classes), np.float32)
@@ -879,11 +871,10 @@ MAY_CHANGE |= {"log_every", "eval_every", "eval_only"}
 
 def same_on_all_hosts(values):
     """Raises BadInput, on every host, naming the first of the values that differs between hosts."""
-    checksums = [zlib.crc32(repr(value).encode()) for value in values.values()]
-    everywhere = multihost_utils.process_allgather(np.uint32(checksums))
-    columns = everywhere.reshape(-1, len(values)).T  # [values, hosts]
-    for (name, value), column in zip(values.items(), columns, strict=True):
-        require(np.ptp(column) == 0, f"the hosts differ in {name}, here {str(value)[:200]}")
+    for name, value in values.items():
+        checksum = np.uint32(zlib.crc32(repr(value).encode()))
+        same = (multihost_utils.process_allgather(checksum) == checksum).all()
+        require(same, f"the hosts differ in {name}, here {str(value)[:200]}")
 
 
 def join_hosts(options):
@@ -904,7 +895,7 @@ def replicate(tree):
     checksums = [zlib.crc32(np.asarray(leaf).tobytes()) for leaf in jax.tree.leaves(tree)]
     same_on_all_hosts({"the weights that they start from (checksums)": checksums})
     # This pmap does nothing but copy. It needs one argument with an axis of devices: arange.
-    copy = jax.pmap(lambda tree, _: tree, "devices", in_axes=(None, 0), out_axes=None)
+    copy = on_all_devices(lambda tree, _: tree, in_axes=(None, 0))
     return copy(tree, np.arange(jax.local_device_count()))
 
 
@@ -930,7 +921,7 @@ def new_state(options, num_classes):
         params = init_params(key, options.model, options.image_size, num_classes)
     else:
         params = load_checkpoint(pretrained_file(options))
-    params = adapt(jax.device_get(params), options.image_size, num_classes)
+    params = adapt(params, options.image_size, num_classes)
     return {"params": params, "momentum": sgd_init(params), "step": np.int32(0)}
 
 
@@ -974,10 +965,9 @@ def save_run(options, state, run):
         columns = "step", "loss", "learning_rate", "images_per_second", "test_accuracy"
         with atomic_write(f"{options.logdir}/metrics.csv") as file:
             np.savetxt(file, [columns, *run["rows"]], fmt="%s", delimiter=",")
-        more = {"train/run": json.dumps(run), "train/step": state["step"]}
-        more["class_names"] = run["definition"]["classes"]
-        for name, leaf in flatten(jax.device_get(state["momentum"])).items():
-            more[f"train/momentum/{name}"] = leaf.astype(np.float32)  # .npz has no bfloat16
+        momentum = jax.tree.map(np.float32, state["momentum"])  # .npz has no bfloat16
+        train = {"momentum": momentum, "step": state["step"], "run": json.dumps(run)}
+        more = flatten({"train": train}) | {"class_names": run["definition"]["classes"]}
         save_checkpoint(f"{options.logdir}/checkpoint.npz", state["params"], **more)
 
 
@@ -1037,7 +1027,7 @@ def hub_dataset(name, options):
 
     Its Parquet files are held in memory. Raises BadInput if it has no images with classes.
     """
-    import pyarrow.parquet as pq
+    from pyarrow.dataset import dataset, field
 
     parts = re.fullmatch("hf://datasets/([^/]+/[^/]+)(?:/([^/]+))?", name)
     require(parts, f"{name} is not hf://datasets/OWNER/NAME or hf://datasets/OWNER/NAME/CONFIG")
@@ -1053,14 +1043,14 @@ def hub_dataset(name, options):
     def load(split):
         addresses = [x.replace("https://huggingface.co", HUB, 1) for x in splits[split]]
         files = [fetch(address, options.data_dir) for address in addresses]
-        metadata = json.loads(pq.read_schema(files[0]).metadata[b"huggingface"])
-        features = metadata["info"]["features"]
+        table = dataset(files)
+        features = json.loads(table.schema.metadata[b"huggingface"])["info"]["features"]
         # {type: its first column}: reversed, so the first wins.
         column_of = {x["_type"]: key for key, x in reversed(features.items()) if "_type" in x}
         image, label = column_of.get("Image"), column_of.get("ClassLabel")
         require(image and label, f"{name} has no images with classes, but {column_of}")
-        rows = pq.read_table(files, columns=[image, label], partitioning=None).to_pylist()
-        examples = [{"image": row[image]["bytes"], "label": row[label]} for row in rows]
+        columns = {"image": field(image, "bytes"), "label": field(label)}
+        examples = table.to_table(columns).to_pylist()
         return {"examples": examples, "classes": features[label]["names"]}
 
     split = choose_test_split(name, splits, lambda x: load(x)["examples"][0]["label"])
@@ -1159,10 +1149,10 @@ def load_data(name, options):
 
 
 def load_classifier(path, image_size):
-    """Params with a head for images of this size, and class names or None. Raises BadInput."""
+    """Params with a head for images of this size; class names, or else numbers. Raises BadInput."""
     arrays = read_arrays(path)
     require("head/bias" in arrays, f"{path} has no head: fine-tune it first")
-    names = arrays["class_names"].tolist() if "class_names" in arrays else None
+    names = arrays.get("class_names", np.arange(arrays["head/bias"].size)).tolist()
     return adapt(to_params(arrays, path), image_size), names
 
 
@@ -1175,16 +1165,9 @@ def forward_with_rollout(params, image):
     (arXiv 2309.16588), so 1 is the 99th percentile, and anything above is clipped.
     """
     x = embed(params, image)
-    identity = jnp.eye(x.shape[1])
-
-    def apply_block(x_and_reached, block):
-        x, reached = x_and_reached
-        x, weights = encoder_block(x, block)
-        mixed = (weights[0].mean(axis=0) + identity) / 2  # [A, N, N] -> [N, N]
-        return (x, mixed @ reached), None
-
-    blocks = params["Transformer"]["encoderblock"]
-    (x, reached), _ = jax.lax.scan(apply_block, (x, identity), blocks)
+    x, weights = jax.lax.scan(encoder_block, x, params["Transformer"]["encoderblock"])
+    mixed = (weights[:, 0].mean(axis=1) + jnp.eye(x.shape[1])) / 2  # [L, 1, A, N, N] -> [L, N, N]
+    reached = functools.reduce(jnp.matmul, mixed[::-1])  # from the last block to the first: [N, N]
     reached = reached[0, 1:]  # what the class token has of each patch: [N-1]
     grid = math.isqrt(reached.size)
     light = jnp.minimum(1, reached / jnp.percentile(reached, 99)).reshape(grid, grid)
@@ -1198,10 +1181,8 @@ def classify(options, photos):
     """
     path = pretrained_file(options, fine_tuned=True)
     params, names = load_classifier(path, options.image_size)
-    count = params["head"]["bias"].size
-    if not names and count == 1000:  # we assume that they are ImageNet's
+    if names == [*range(1000)]:  # we assume that they are ImageNet's
         from tensorflow_datasets.datasets.siscore.labels import IMAGENET_LABELS_LIST as names
-    names = names or range(count)
     params = jax.device_put(params)
     for photo in photos:
         image = decode(photo, photo)
@@ -1212,9 +1193,8 @@ def classify(options, photos):
         say(f"{photo}, and where the model looked: {picture}")
         for label in probabilities.argsort()[::-1][:5]:
             say(f"{probabilities[label]:8.2%}  {names[label]}")
-        light = np.uint8(26 + 229 * light)  # from 10 % to full brightness
-        mask = Image.fromarray(light).resize(image.size, BILINEAR)
-        attended = Image.composite(image, Image.new("RGB", image.size), mask)
+        light = Image.fromarray(0.1 + 0.9 * light).resize(image.size, BILINEAR)
+        attended = np.uint8(np.asarray(image) * np.asarray(light)[..., None])
         Image.fromarray(np.hstack([image, attended])).save(picture)
 
 
@@ -1243,7 +1223,7 @@ def parse_options(argv=None):
     flags["logdir"] = os.path.expanduser(flags.get("logdir", f"runs/{run_name}"))
     preset = PRESETS.get(paths[0].split(":")[0], {})  # "imagenet2012:5.1.0", too
     if photos or "eval_only" in flags:
-        preset = preset | {"image_size": 0}  # as the checkpoint has it
+        flags.setdefault("image_size", 0)  # as the checkpoint has it
     return paths[0], photos, Options(**(preset | flags))
 
 
@@ -1255,9 +1235,8 @@ def evaluate_only(options, data):
         path = pretrained_file(options, fine_tuned=True)
     say(f"testing {path}")
     params, names = load_classifier(path, options.image_size)
-    count = params["head"]["bias"].size  # released heads have no names, so they are counted
-    same = count == len(data["classes"]) and names in (None, data["classes"])
-    require(same, f"{path} has other classes than {data['name']}")
+    numbers = [*range(len(data["classes"]))]  # released heads have no names
+    require(names in (data["classes"], numbers), f"{path} has other classes than {data['name']}")
     evaluate(replicate(params), data, options)
 
 
