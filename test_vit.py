@@ -452,7 +452,7 @@ def test_devices_hosts_and_threads_share_out_every_place_of_a_batch_in_order(mon
     assert equal(np.stack([labels for _, labels in batches]), wanted)
     assert equal(np.stack([images[..., 1, 0, 2] for images, _ in batches]), np.uint8(wanted))
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 3, 4, 5, 8}, raising=False)
-    assert runpy.run_path(vit.__file__)["POOL"]._max_workers == 5  # as many as we may use
+    assert runpy.run_path(vit.__file__)["CPUS"] == 5  # as many as we may use
     monkeypatch.setattr(jax, "local_device_count", lambda: 2)
     assert vit.batch_positions(8, 2).tolist() == [[[0, 1], [2, 3]], [[4, 5], [6, 7]]]
     monkeypatch.setattr(jax, "process_count", lambda: 2)
@@ -481,9 +481,7 @@ def test_pictures_are_learned_and_each_update_and_evaluation_is_told_and_in_metr
     assert_allclose(updates[0, 1], np.log(2), rtol=1e-5)  # the head was zeros
     assert_allclose(updates[:, 2], 0.1 * np.cos(np.pi / 60 * np.arange(30)) ** 2, rtol=1e-5)
     n, loss, rate = updates[19]  # 160 s each, without the evaluation after 15: 1,600 s left
-    line = (
-        f"step 20/30  loss {loss:.4f}  lr {rate:.2e}  0.1 images/s  0:26:40 left, plus evaluations"
-    )
+    line = f"step 20/30  loss {loss:.4f}  lr {rate:.2e}  0.1 images/s  26:40 left, plus evaluations"
     assert line in learned.lines and len([x for x in learned.lines if "left, " in x]) == 30
     assert learned.lines[0].endswith("16 images for training and 10 for testing, of 2 classes")
     assert learned.lines.count("test accuracy 100.00% of 10 images") == 2

@@ -24,12 +24,7 @@ run it once on placeholders and compile what it computes.
 """
 
 import argparse
-import collections
-import contextlib
-import dataclasses
-import functools
 import io
-import itertools
 import json
 import math
 import os
@@ -41,17 +36,21 @@ import traceback
 import urllib.request
 import zipfile
 import zlib
-from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, fields
+from functools import cache, lru_cache, partial, reduce
+from itertools import islice
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pyarrow.dataset as ds  # it comes with tensorflow-datasets, and so does tqdm
 from jax.experimental import multihost_utils
 from jax.nn.initializers import lecun_normal, normal, ones, xavier_uniform, zeros
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
-from tqdm import tqdm  # it comes with tensorflow-datasets, like pyarrow below
+from tqdm import tqdm
 
 # ----------------------------------------------------------------------------------------- 1. Model
 
@@ -136,7 +135,7 @@ def patch_embedding(images, kernel, bias):
     b, h, w, c = images.shape
     patch = kernel.shape[0]  # of [P, P, 3, D]; H and W are multiples of P
     x = images.reshape(b, h // patch, patch, w // patch, patch, c)
-    x = x.transpose(0, 1, 3, 2, 4, 5)  # [B, H/P, W/P, P, P, 3]
+    x = x.swapaxes(2, 3)  # [B, H/P, W/P, P, P, 3]
     x = linear(x, kernel, bias)  # [B, H/P, W/P, D], as by a convolution of stride P
     return x.reshape(b, -1, bias.size)  # [B, N-1, D]
 
@@ -242,7 +241,7 @@ def nest(arrays):
     return tree
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+@partial(jax.jit, static_argnums=(1, 2, 3))
 def init_params(key, model, image_size, num_classes):
     """Random params of a model like "ViT-B_16", as in the release: a nested dict of float32."""
     size, patch = model.removeprefix("ViT-").split("_")
@@ -251,8 +250,8 @@ def init_params(key, model, image_size, num_classes):
     sizes = {"1": 1, "3": 3, "P": int(patch), "N": 1 + grid * grid, "D": d}
     sizes |= {"L": depth, "A": heads, "E": d // heads, "M": 4 * d, "K": num_classes}
     table = dict(PARAMETERS)
-    for name, (axes, initializer, timm) in BLOCK_PARAMETERS.items():
-        table[f"Transformer/encoderblock/{name}"] = ("L" + axes, initializer, timm)
+    for name, (axes, *rest) in BLOCK_PARAMETERS.items():
+        table[f"Transformer/encoderblock/{name}"] = ("L" + axes, *rest)
     arrays = {}
     for i, (name, (axes, initializer, _)) in enumerate(table.items()):
         if initializer:
@@ -325,12 +324,10 @@ def sgd_update(params, momentum, grads, rate, beta=0.9):
 # gets of an argument: 0, its slice along the first axis; None, all of it, without a copy if it is
 # there already. By out_axes=None we promise that all compute the same; Python sees one result. A
 # static argument is a constant to the compiler, a donated one gives its memory to the result.
-on_all_devices = functools.partial(
-    jax.pmap, axis_name="devices", in_axes=(None, 0, 0, None), out_axes=None
-)
+on_all_devices = partial(jax.pmap, axis_name="devices", in_axes=(None, 0, 0, None), out_axes=None)
 
 
-@functools.partial(on_all_devices, static_broadcasted_argnums=3, donate_argnums=0)
+@partial(on_all_devices, static_broadcasted_argnums=3, donate_argnums=0)
 def train_step(state, images, labels, options):
     """One update, as each device runs it on its share of the batch: new state, loss, learning rate.
 
@@ -374,7 +371,7 @@ def train_step(state, images, labels, options):
     return {"params": params, "momentum": momentum, "step": step + 1}, loss, rate
 
 
-@functools.partial(on_all_devices, static_broadcasted_argnums=3)
+@partial(on_all_devices, static_broadcasted_argnums=3)
 def eval_step(params, images, labels, options):
     """The number of right predictions for uint8 images [local devices, B, H, W, 3]: int32 []."""
     images = to_pixels(images, options.dtype)
@@ -390,7 +387,7 @@ def eval_step(params, images, labels, options):
 BILINEAR = Image.Resampling.BILINEAR
 # Those that this process may use, where the system can tell.
 CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-POOL = ThreadPoolExecutor(CPUS)
+POOL = ThreadPool(CPUS)
 
 
 class BadInput(ValueError):
@@ -423,7 +420,7 @@ def inception_crop(rng, width, height):
     area = 0.05 * width * height
     largest = min(height, int((width + 0.5) / aspect))
     smallest = min(largest, max(1, round(math.sqrt(area / aspect))))
-    h = int(rng.integers(smallest, largest, endpoint=True))
+    h = rng.integers(smallest, largest, endpoint=True)
     if h * round(h * aspect) < area:
         h = min(largest, h + 1)
     w = round(h * aspect)
@@ -432,7 +429,7 @@ def inception_crop(rng, width, height):
     return left, upper, left + w, upper + h
 
 
-@functools.lru_cache(2)  # this epoch and the next, because threads read ahead
+@lru_cache(2)  # this epoch and the next, because threads read ahead
 def epoch_order(seed, epoch, count):
     """The order in which an epoch visits count examples: a permutation, int [count]."""
     return np.random.default_rng([seed, 0, epoch]).permutation(count)
@@ -465,9 +462,8 @@ def batch_positions(batch_size, accum_steps=1):
     BadInput if the batch cannot be divided so.
     """
     shape = jax.process_count(), jax.local_device_count(), accum_steps
-    fits = batch_size % math.prod(shape) == 0
-    factors = f"hosts x devices x accum_steps {shape}"
-    require(fits, f"--batch_size={batch_size} is no multiple of {factors}")
+    why = f"--batch_size={batch_size} is no multiple of hosts x devices x accum_steps {shape}"
+    require(batch_size % math.prod(shape) == 0, why)
     return np.arange(batch_size).reshape(*shape, -1)[jax.process_index()]
 
 
@@ -477,20 +473,18 @@ def batches(example, indices, ahead=3):
     Threads read parts of up to `ahead` batches in advance: Pillow releases Python's lock.
     """
 
-    def read(part):
-        return [example(i) for i in part.tolist()]
-
     def start(batch):
-        return batch.shape, POOL.map(read, np.array_split(batch.ravel(), CPUS))
+        part = math.ceil(batch.size / CPUS)
+        return batch.shape, POOL.imap(example, batch.ravel().tolist(), part)
 
     started = map(start, indices)  # lazy: it starts a batch when that is taken from it
-    waiting = collections.deque(itertools.islice(started, ahead))
+    waiting = list(islice(started, ahead))
     while waiting:
-        shape, parts = waiting.popleft()
-        images, labels = zip(*itertools.chain(*parts), strict=True)  # waits for the threads
-        waiting.extend(itertools.islice(started, 1))
+        shape, examples = waiting.pop(0)
+        images, labels = zip(*examples, strict=True)  # waits for the threads
+        waiting.extend(islice(started, 1))
         images = np.stack(images)
-        yield images.reshape(*shape, *images.shape[1:]), np.int32(labels).reshape(shape)
+        yield images.reshape(shape + images.shape[1:]), np.int32(labels).reshape(shape)
 
 
 # -------------------------------------------------------------------------------------- 4. Training
@@ -501,10 +495,9 @@ def evaluate(params, data, options):
     count, size = len(data["test"]), image_size_of(params)
 
     def example(i):
-        if i >= count:  # fills the last batch; label -1 never equals a prediction
-            return np.zeros((size, size, 3), np.uint8), -1
-        image, label = data["read"](data["test"][i])
-        return to_array(image, size), label
+        image, label = data["read"](data["test"][min(i, count - 1)])
+        # The last image fills the last batch: its copies have the label -1, never predicted.
+        return to_array(image, size), label if i < count else -1
 
     # As many images at a time as in a micro-batch of training, or one on each device.
     devices = jax.device_count()
@@ -512,12 +505,11 @@ def evaluate(params, data, options):
     positions = batch_positions(batch_size)[:, 0]  # [local devices, B]
     starts = range(0, count, batch_size)
     examples = batches(example, (start + positions for start in starts))
-    right = 0
+    right = []  # predictions in each batch
     for images, labels in tqdm(examples, "evaluating", len(starts), delay=10, mininterval=10):
-        before = right
-        right = before + eval_step(params, images, labels, options)
-        jax.block_until_ready(before)  # so at most two batches are queued
-    accuracy = int(right) / count
+        right.append(eval_step(params, images, labels, options))
+        jax.block_until_ready(right[-2:-1])  # the batch before: so at most two are queued
+    accuracy = sum(map(int, right)) / count
     say(f"test accuracy {accuracy:.2%} of {count} images")
     return accuracy
 
@@ -537,10 +529,9 @@ def train(options, data):
     require(can_mix, "--mixup_alpha needs two images at a time on each device: lower --accum_steps")
     state, run = start_or_resume(options, data)
     first, total = int(state["step"]), options.total_steps
-    size = image_size_of(state["params"])
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     say(f"{options.logdir}: step {first} of {total}, on {devices}")
-    example = functools.partial(training_example, data, options, size)
+    example = partial(training_example, data, options, image_size_of(state["params"]))
     if jax.process_index() == 0:
         images = [example(i)[0] for i in range(8)]
         Image.fromarray(np.hstack(images)).save(f"{options.logdir}/first_batch.png")
@@ -548,34 +539,33 @@ def train(options, data):
     say("this run is complete; --eval_only tests it again" if first == total else "compiling ...")
     loss = 0.0
     for done, (images, labels) in enumerate(batches(example, indices), first + 1):
-        is_first, is_last = done == first + 1, done == total
         previous_loss = loss
         state, loss, rate = train_step(state, images, labels, options)
+        is_first = done == first + 1
         if is_first:  # it is compiled now, and begins to run: the clock leaves compilation out
             clock, clock_step = time.perf_counter(), first
         # train_step returns before anything is computed. To wait for the update before this one
         # keeps one update in the queue: devices rarely idle, and batches do not pile up on them.
         jax.block_until_ready(previous_loss)
-        log = is_last or done % options.log_every == 0
-        test = is_last or done % options.eval_every == 0
+        test = done == total or done % options.eval_every == 0
+        log = test or done % options.log_every == 0
         if log or is_first:
-            value, lr = float(loss), float(rate)  # this waits for the update
-            require(math.isfinite(value), f"the loss of step {done} is {value}; lower --base_lr")
+            loss, rate = float(loss), float(rate)  # this waits for the update
+            require(math.isfinite(loss), f"the loss of step {done} is {loss}; lower --base_lr")
             seconds = (time.perf_counter() - clock) / (done - clock_step)  # of one update
             speed = options.batch_size / seconds
-            left = timedelta(seconds=round(seconds * (total - done)))
-            pace = f"{speed:.1f} images/s  {left} left, plus evaluations"
-            say(f"step {done}/{total}  loss {value:.4f}  lr {lr:.2e}  {pace}")
-            if is_first and left > timedelta(hours=1) and jax.default_backend() == "cpu":
+            left = seconds * (total - done)
+            pace = f"{speed:.1f} images/s  {tqdm.format_interval(left)} left, plus evaluations"
+            say(f"step {done}/{total}  loss {loss:.4f}  lr {rate:.2e}  {pace}")
+            if is_first and left > 3600 and jax.default_backend() == "cpu":
                 say("no GPU or TPU was found; for a CPU: --model=ViT-Ti_16 --image_size=224")
-            if log:
-                run["rows"].append((done, value, lr, speed, ""))
-        if test:
-            accuracy = evaluate(state["params"], data, options)
-            run["rows"].append((done, "", "", "", accuracy))
-            save_run(options, state, run)
-        if log or test or is_first:  # the clock leaves evaluations out
-            clock, clock_step = time.perf_counter(), done
+            if log:  # unlike the first update, which is another one when a run is resumed
+                run["rows"].append((done, loss, rate, speed, ""))
+            if test:
+                accuracy = evaluate(state["params"], data, options)
+                run["rows"].append((done, "", "", "", accuracy))
+                save_run(options, state, run)
+            clock, clock_step = time.perf_counter(), done  # it leaves evaluations out
     return jax.device_get(state["params"])
 
 
@@ -586,10 +576,10 @@ def option(default, help, **more):
     """A field of Options: its default, its help text, and further arguments for argparse."""
     # SUPPRESS: a flag that is not given stays absent, so that presets can replace its default.
     more |= {"help": f"{help} ({default})", "default": argparse.SUPPRESS}
-    return dataclasses.field(default=default, metadata=more)
+    return field(default=default, metadata=more)
 
 
-@dataclasses.dataclass(frozen=True)  # and so hashable, as static arguments must be
+@dataclass(frozen=True)  # and so hashable, as static arguments must be
 class Options:
     """All flags. Defaults are the release's, where it has the option. Raises BadInput."""
 
@@ -632,8 +622,8 @@ class Options:
         warms_up = self.warmup_steps < self.total_steps
         require(warms_up, f"--warmup_steps={self.warmup_steps} must be below --total_steps")
         require(self.process_id < self.num_processes, "--process_id must be below --num_processes")
-        can_fuse = self.dtype == "bfloat16" or not self.fused_attention
-        require(can_fuse, "--fused_attention needs --dtype=bfloat16")
+        if self.fused_attention:
+            require(self.dtype == "bfloat16", "--fused_attention needs --dtype=bfloat16")
 
 
 # ----------------------------------------------------------------------------------- 6. Checkpoints
@@ -656,19 +646,19 @@ RELEASED = {
 }
 
 
-@contextlib.contextmanager
+@contextmanager
 def atomic_write(path):
     """Opens a file under another name, and renames it once it is safely on the disk."""
-    partial = Path(f"{path}.{jax.process_index()}-{os.getpid()}.partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(f"{path}.{jax.process_index()}-{os.getpid()}.partial")
+    draft.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with open(partial, "wb") as file:
+        with open(draft, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        partial.replace(path)
+        draft.replace(path)
     finally:
-        partial.unlink(missing_ok=True)
+        draft.unlink(missing_ok=True)
 
 
 def fetch(url, data_dir):
@@ -975,13 +965,13 @@ def save_run(options, state, run):
 
 CIFAR = {name: f"hf://datasets/uoft-cs/{name}" for name in ("cifar10", "cifar100")}
 # The formats that Pillow decodes itself; for others, such as EPS, it would start other programs.
-FORMATS = {"JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM"}
+FORMATS = "JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM"
 ENDINGS = {ending for ending, x in Image.registered_extensions().items() if x in FORMATS}
 PngImagePlugin.MAX_TEXT_CHUNK = 64 << 20  # bytes of a colour profile; Pillow's limit is 1 MiB
-digit_font = functools.cache(ImageFont.load_default)
+digit_font = cache(ImageFont.load_default)
 
 
-@functools.cache
+@cache
 def draw_digit(i):
     """Digit i modulo 10 in Pillow's own font, shifted and rotated: (RGB image, 32 x 32; label)."""
     rng, label = np.random.default_rng(i), i % 10
@@ -994,11 +984,11 @@ def draw_digit(i):
 def decode(file, name):
     """A path or file object -> Pillow image: RGB, upright, on white. Raises BadInput with name."""
     try:
-        with Image.open(file, formats=[*FORMATS & Image.OPEN.keys()]) as image:
+        with Image.open(file, formats=[x for x in FORMATS if x in Image.OPEN]) as image:
             image.load()
             # Modes F and I: floats, and integers of 16 or 32 bits, which Pillow cuts off at 255.
             require(image.mode[0] not in "FI", "save it with 8 bits per channel")
-            with contextlib.suppress(Exception):  # damaged EXIF raises once the image is turned
+            with suppress(Exception):  # damaged EXIF raises once the image is turned
                 ImageOps.exif_transpose(image, in_place=True)
             if image.has_transparency_data:
                 white = Image.new("RGBA", image.size, "white")
@@ -1010,25 +1000,16 @@ def decode(file, name):
 
 
 def choose_test_split(name, splits, first_label):
-    """The split to test on: the first of four usual names whose labels are not hidden as -1.
-
-    None stands for a tenth of train. first_label: a function from a split to the label of its first
-    image, by which it is judged. Raises BadInput if there is nothing to test on.
-    """
+    """The first usual test split whose first label is not hidden (-1), or None. Raises BadInput."""
     for split in ("test", "validation", "val", "valid"):
         if split in splits and first_label(split) >= 0:
             return split
     require("train" in splits, f"{name} has no train, test, validation or val, but {[*splits]}")
-    return None
+    return None  # so a tenth of train is for testing
 
 
 def hub_dataset(name, options):
-    """A set of the Hugging Face hub: hf://datasets/OWNER/NAME, or hf://datasets/OWNER/NAME/CONFIG.
-
-    Its Parquet files are held in memory. Raises BadInput if it has no images with classes.
-    """
-    from pyarrow.dataset import dataset, field
-
+    """A set of the Hugging Face hub, held in memory. Raises BadInput if no images have classes."""
     parts = re.fullmatch("hf://datasets/([^/]+/[^/]+)(?:/([^/]+))?", name)
     require(parts, f"{name} is not hf://datasets/OWNER/NAME or hf://datasets/OWNER/NAME/CONFIG")
     repo, config = parts.groups()
@@ -1036,20 +1017,20 @@ def hub_dataset(name, options):
     listing = json.loads(path.read_bytes())  # {config: {split: [address, ...]}}
     splits = listing.get(config or next(iter(listing)))
     require(splits, f"{name} is not there, only the configs {[*listing]}")
-    if partial := [split for split in splits if split.startswith("partial-")]:
-        say(f"{name}: the hub has only the beginning of {partial}, which is not used")
+    if cut := [split for split in splits if split.startswith("partial-")]:
+        say(f"{name}: the hub has only the beginning of {cut}, which is not used")
 
-    @functools.cache
+    @cache
     def load(split):
         addresses = [x.replace("https://huggingface.co", HUB, 1) for x in splits[split]]
         files = [fetch(address, options.data_dir) for address in addresses]
-        table = dataset(files)
+        table = ds.dataset(files)
         features = json.loads(table.schema.metadata[b"huggingface"])["info"]["features"]
         # {type: its first column}: reversed, so the first wins.
         column_of = {x["_type"]: key for key, x in reversed(features.items()) if "_type" in x}
         image, label = column_of.get("Image"), column_of.get("ClassLabel")
         require(image and label, f"{name} has no images with classes, but {column_of}")
-        columns = {"image": field(image, "bytes"), "label": field(label)}
+        columns = {"image": ds.field(image, "bytes"), "label": ds.field(label)}
         examples = table.to_table(columns).to_pylist()
         return {"examples": examples, "classes": features[label]["names"]}
 
@@ -1063,22 +1044,22 @@ def hub_dataset(name, options):
 
 def image_folder(root):
     """Images in train/CLASS and test/CLASS (or validation, val), or in CLASS. Raises BadInput."""
-    passed_over = collections.Counter()
+    passed_over = {}  # {ending: number of files}
 
     def find(folder):  # [(class, path)]
         items = []
         for path in sorted(Path(folder).glob("[!.@]*/[!.]*")):  # nothing like .cache and @eaDir
-            ending = path.suffix.lower() if path.is_file() else "folder"
+            ending = (path.suffix.lower() or "none") if path.is_file() else "folder"
             if ending in ENDINGS:
                 items.append((path.parent.name, str(path)))
             else:
-                passed_over[ending or "none"] += 1
+                passed_over[ending] = 1 + passed_over.get(ending, 0)
         return items
 
     test = find(f"{root}/test") or find(f"{root}/validation") or find(f"{root}/val")
     train = find(f"{root}/train") or find(root)
     if passed_over:
-        say(f"{root}: passed over {dict(passed_over)}")
+        say(f"{root}: passed over {passed_over}")
     classes = sorted({name for name, _ in train})
     tested = sorted({name for name, _ in test})
     fits = len(classes) > 1 and {*tested} <= {*classes}
@@ -1108,9 +1089,8 @@ def tfds_dataset(name, options):
     classes = getattr(features.get("label"), "names", None)
     require(classes and "image" in features, f"{name} has no images with classes: {[*features]}")
 
-    # source: from a split to a sequence of {"image": encoded image, "label": int}.
-    encoded = {"image": tfds.decode.SkipDecoding()}
-    source = functools.partial(builder.as_data_source, decoders=encoded)
+    still_encoded = {"image": tfds.decode.SkipDecoding()}
+    source = partial(builder.as_data_source, decoders=still_encoded)
     split = choose_test_split(name, splits, lambda x: source(x)[0]["label"])
     trained, tested = ("train", split) if split else ("train[:90%]", "train[90%:]")
     if builder.name == "imagenet2012":
@@ -1141,8 +1121,7 @@ def load_data(name, options):
     def read(example):  # of the hub or TFDS
         return decode(io.BytesIO(example["image"]), f"in {name}"), int(example["label"])
 
-    data.setdefault("read", read)  # digits and folders bring their own
-    return data | {"name": name}
+    return {"name": name, "read": read} | data  # digits and folders bring their own read
 
 
 # --------------------------------------------------------------------------------------- 9. Photos
@@ -1167,8 +1146,7 @@ def forward_with_rollout(params, image):
     x = embed(params, image)
     x, weights = jax.lax.scan(encoder_block, x, params["Transformer"]["encoderblock"])
     mixed = (weights[:, 0].mean(axis=1) + jnp.eye(x.shape[1])) / 2  # [L, 1, A, N, N] -> [L, N, N]
-    reached = functools.reduce(jnp.matmul, mixed[::-1])  # from the last block to the first: [N, N]
-    reached = reached[0, 1:]  # what the class token has of each patch: [N-1]
+    reached = reduce(jnp.matmul, mixed[::-1])[0, 1:]  # what the class token has of patches: [N-1]
     grid = math.isqrt(reached.size)
     light = jnp.minimum(1, reached / jnp.percentile(reached, 99)).reshape(grid, grid)
     return jax.nn.softmax(head(params, x)[0]), light
@@ -1200,7 +1178,6 @@ def classify(options, photos):
 
 # ------------------------------------------------------------------------------- 10. Command line
 
-# What takes the place of the defaults of Options for some DATA.
 DIGITS = {"model": "ViT-XS_8", "pretrained": "none", "image_size": 32, "augment": "none"}
 DIGITS |= {"batch_size": 64, "accum_steps": 1, "base_lr": 0.1}
 DIGITS |= {"total_steps": 800, "warmup_steps": 100, "log_every": 100}
@@ -1212,9 +1189,9 @@ def parse_options(argv=None):
     parser = argparse.ArgumentParser("vit.py", "vit.py [DATA] [--FLAG ...]", allow_abbrev=False)
     text = "digits (default), cifar10, hf://datasets/OWNER/NAME, a TFDS set, a folder, or photos"
     parser.add_argument("data", nargs="*", default=["digits"], help=text)
-    for field in dataclasses.fields(Options):
-        kind = {"action": "store_true"} if field.type is bool else {"type": field.type}
-        parser.add_argument(f"--{field.name}", **kind, **field.metadata)
+    for flag in fields(Options):
+        kind = {"action": "store_true"} if flag.type is bool else {"type": flag.type}
+        parser.add_argument(f"--{flag.name}", **kind, **flag.metadata)
     flags = vars(parser.parse_intermixed_args(argv))
     paths = flags.pop("data")
     photos = paths if all(map(os.path.isfile, paths)) else []
