@@ -36,11 +36,11 @@ import traceback
 import urllib.request
 import zipfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from functools import cache, lru_cache, partial, reduce
-from itertools import islice
-from multiprocessing.pool import ThreadPool
+from itertools import chain, islice
 from pathlib import Path
 
 import jax
@@ -387,7 +387,7 @@ def eval_step(params, images, labels, options):
 BILINEAR = Image.Resampling.BILINEAR
 # Those that this process may use, where the system can tell.
 CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-POOL = ThreadPool(CPUS)
+POOL = ThreadPoolExecutor(CPUS)
 
 
 class BadInput(ValueError):
@@ -474,14 +474,14 @@ def batches(example, indices, ahead=3):
     """
 
     def start(batch):
-        part = math.ceil(batch.size / CPUS)
-        return batch.shape, POOL.imap(example, batch.ravel().tolist(), part)
+        parts = np.array_split(batch.ravel(), CPUS)
+        return batch.shape, POOL.map(lambda part: [example(i) for i in part.tolist()], parts)
 
     started = map(start, indices)  # lazy: it starts a batch when that is taken from it
     waiting = list(islice(started, ahead))
     while waiting:
-        shape, examples = waiting.pop(0)
-        images, labels = zip(*examples, strict=True)  # waits for the threads
+        shape, parts = waiting.pop(0)
+        images, labels = zip(*chain(*parts), strict=True)  # waits for the threads
         waiting.extend(islice(started, 1))
         images = np.stack(images)
         yield images.reshape(shape + images.shape[1:]), np.int32(labels).reshape(shape)
