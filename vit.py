@@ -71,7 +71,7 @@ from_heads = xavier_uniform(in_axis=(1, 2), out_axis=3, batch_axis=0)
 # Each parameter by its name in the released checkpoints: a letter for each of its axes (1 and 3
 # stand for themselves), its initializer (None: only ever loaded), its name in timm.
 PARAMETERS = {
-    "embedding/kernel": ("PP3D", lecun_normal((0, 1, 2)), "patch_embed.proj.weight"),
+    "embedding/kernel": ("PP3D", lecun_normal(in_axis=(0, 1, 2)), "patch_embed.proj.weight"),
     "embedding/bias": ("D", zeros, "patch_embed.proj.bias"),
     "cls": ("11D", zeros, "cls_token"),
     "Transformer/posembed_input/pos_embedding": ("1ND", normal(0.02), "pos_embed"),
@@ -107,8 +107,8 @@ BLOCK_PARAMETERS = {
 def linear(x, kernel, bias):
     """x @ kernel + bias in the dtype of x: [..., D] -> [..., M], by a kernel [D, M] and a bias [M].
 
-    A kernel [D, A, E] makes heads, [A, E, D] joins them, and [P, P, 3, D] projects patches: as many
-    axes are summed over as the kernel has more than the bias.
+    A kernel [D, A, E] makes heads, [A, E, D] joins them, [P, P, 3, D] projects patches: the last
+    axes are those of the bias, and the ones before them are summed over.
     """
     kernel, bias = kernel.astype(x.dtype), bias.astype(x.dtype)
     return jnp.tensordot(x, kernel, kernel.ndim - bias.ndim) + bias
@@ -312,18 +312,19 @@ def sgd_init(params):
 def sgd_update(params, momentum, grads, rate, beta=0.9):
     """SGD with momentum, not Nesterov, without weight decay: returns new params and momentum.
 
-    As in the release, momentum is stored in bfloat16, and beta * m is computed in it (unless XLA
-    keeps more bits). To add g gives float32; params use that sum before it is rounded for storage.
+    As in the release, momentum is stored in bfloat16. beta * m is bfloat16, too (unless XLA keeps
+    more bits); + g makes it float32, which params use; only the stored copy is rounded again.
     """
-    momentum = jax.tree.map(lambda m, g: beta * m + g, momentum, grads)
+    momentum = jax.tree.map(lambda m, g: beta * m + g, momentum, grads)  # float32
     params = jax.tree.map(lambda p, m: p - rate * m, params, momentum)
     return params, jax.tree.map(lambda m: m.astype(jnp.bfloat16), momentum)
 
 
-# `pmap` compiles a function once and runs it on all devices at once. in_axes says what a device
-# gets of an argument: 0, its slice along the first axis; None, all of it, without a copy if it is
-# there already. By out_axes=None we promise that all compute the same; Python sees one result. A
-# static argument is a constant to the compiler, a donated one gives its memory to the result.
+# `pmap` runs a function on all devices at once: each host calls it with what its own devices need,
+# and "devices" names those of all hosts. in_axes says what a device gets of each argument (state or
+# params, images, labels, options): 0, its slice of the first axis; None, all of it. out_axes=None:
+# we promise that all devices compute the same, and Python sees one result. A static argument is a
+# constant to the compiler, a donated one gives its memory to the result.
 on_all_devices = partial(jax.pmap, axis_name="devices", in_axes=(None, 0, 0, None), out_axes=None)
 
 
@@ -385,7 +386,7 @@ def eval_step(params, images, labels, options):
 # of any kind; "read", a function: item -> (Pillow image in RGB, label from 0 to K-1).
 
 BILINEAR = Image.Resampling.BILINEAR
-# Those that this process may use, where the system can tell.
+# The CPUs that this process may use, where the system can tell.
 CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 POOL = ThreadPoolExecutor(CPUS)
 
@@ -418,7 +419,7 @@ def inception_crop(rng, width, height):
     # h is uniform among the heights for which the box fits and has at least 5 % of the area, if it
     # can. Where a rounded width makes it too small, h grows by one.
     area = 0.05 * width * height
-    largest = min(height, int((width + 0.5) / aspect))
+    largest = min(height, int((width + 0.5) / aspect))  # so that round(h * aspect) <= width
     smallest = min(largest, max(1, round(math.sqrt(area / aspect))))
     h = rng.integers(smallest, largest, endpoint=True)
     if h * round(h * aspect) < area:
@@ -508,7 +509,7 @@ def evaluate(params, data, options):
     right = []  # predictions in each batch
     for images, labels in tqdm(examples, "evaluating", len(starts), delay=10, mininterval=10):
         right.append(eval_step(params, images, labels, options))
-        jax.block_until_ready(right[-2:-1])  # the batch before: so at most two are queued
+        jax.block_until_ready(right[:-1])  # not for this batch: so at most two are queued
     accuracy = sum(map(int, right)) / count
     say(f"test accuracy {accuracy:.2%} of {count} images")
     return accuracy
@@ -544,8 +545,8 @@ def train(options, data):
         is_first = done == first + 1
         if is_first:  # it is compiled now, and begins to run: the clock leaves compilation out
             clock, clock_step = time.perf_counter(), first
-        # train_step returns before anything is computed. To wait for the update before this one
-        # keeps one update in the queue: devices rarely idle, and batches do not pile up on them.
+        # train_step returns before the devices have finished. We wait for the update before this
+        # one: so there is always one in the queue, and batches do not pile up on the devices.
         jax.block_until_ready(previous_loss)
         test = done == total or done % options.eval_every == 0
         log = test or done % options.log_every == 0
@@ -559,7 +560,7 @@ def train(options, data):
             say(f"step {done}/{total}  loss {loss:.4f}  lr {rate:.2e}  {pace}")
             if is_first and left > 3600 and jax.default_backend() == "cpu":
                 say("no GPU or TPU was found; for a CPU: --model=ViT-Ti_16 --image_size=224")
-            if log:  # unlike the first update, which is another one when a run is resumed
+            if log:  # the first update is only printed: a resumed run leaves the same rows
                 run["rows"].append((done, loss, rate, speed, ""))
             if test:
                 accuracy = evaluate(state["params"], data, options)
@@ -671,6 +672,7 @@ def fetch(url, data_dir):
         with urllib.request.urlopen(url, timeout=60) as reply, atomic_write(path) as file:
             with tqdm.wrapattr(reply, "read", total=reply.length, desc=url) as stream:
                 shutil.copyfileobj(stream, file)
+            # reply.length counts down the bytes that are still to come.
             require(not reply.length, f"{reply.length} bytes are missing")
     except Exception as error:  # networks fail in many ways
         raise BadInput(f"cannot fetch {url} ({error}); by hand, put it at {path}") from error
@@ -736,7 +738,7 @@ def from_timm(arrays):
     released = dict(arrays)  # unknown arrays keep their names, so that `to_params` refuses them
     for name, axes, timm in rows_of(depth):
         if timm in arrays:  # pre_logits never is, and in some files no head
-            released.pop(timm, None)
+            released.pop(timm, None)  # None: qkv is met three times
             array = arrays[timm]
             if ".qkv." in timm:  # query, key and value in one: [3D, D] or [3D]
                 part = ["query", "key", "value"].index(name.split("/")[-2])
@@ -934,7 +936,7 @@ def start_or_resume(options, data):
     if jax.process_index() == 0:
         claim(options.logdir)
     definition = {name: x for name, x in vars(options).items() if name not in MAY_CHANGE}
-    definition |= {"data": data.get("name"), "classes": data["classes"]}
+    definition |= {"data": data["name"], "classes": data["classes"]}
     definition |= {f"number of {x} images": len(data[x]) for x in ("train", "test")}
     path = f"{options.logdir}/checkpoint.npz"
     if not os.path.exists(path):
@@ -1026,7 +1028,7 @@ def hub_dataset(name, options):
         files = [fetch(address, options.data_dir) for address in addresses]
         table = ds.dataset(files)
         features = json.loads(table.schema.metadata[b"huggingface"])["info"]["features"]
-        # {type: its first column}: reversed, so the first wins.
+        # {type: its first column}: reversed, because a later entry replaces an earlier one.
         column_of = {x["_type"]: key for key, x in reversed(features.items()) if "_type" in x}
         image, label = column_of.get("Image"), column_of.get("ClassLabel")
         require(image and label, f"{name} has no images with classes, but {column_of}")
@@ -1213,7 +1215,8 @@ def evaluate_only(options, data):
     say(f"testing {path}")
     params, names = load_classifier(path, options.image_size)
     numbers = [*range(len(data["classes"]))]  # released heads have no names
-    require(names in (data["classes"], numbers), f"{path} has other classes than {data['name']}")
+    same = names == data["classes"] or names == numbers
+    require(same, f"{path} has other classes than {data['name']}")
     evaluate(replicate(params), data, options)
 
 
