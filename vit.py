@@ -320,11 +320,10 @@ def sgd_update(params, momentum, grads, rate, beta=0.9):
     return params, jax.tree.map(lambda m: m.astype(jnp.bfloat16), momentum)
 
 
-# `pmap` runs a function on all devices at once: each host calls it with what its own devices need,
-# and "devices" names those of all hosts. in_axes says what a device gets of each argument (state or
-# params, images, labels, options): 0, its slice of the first axis; None, all of it. out_axes=None:
-# we promise that all devices compute the same, and Python sees one result. A static argument is a
-# constant to the compiler, a donated one gives its memory to the result.
+# `pmap` runs a function on all devices of all hosts; each host calls it with data for its own.
+# in_axes says what a device gets of each argument: 0, its slice of the first axis; None, all of it.
+# By out_axes=None we promise that all compute the same: Python sees one result. A static argument
+# is a constant to the compiler, a donated one gives its memory to the result.
 on_all_devices = partial(jax.pmap, axis_name="devices", in_axes=(None, 0, 0, None), out_axes=None)
 
 
@@ -672,8 +671,7 @@ def fetch(url, data_dir):
         with urllib.request.urlopen(url, timeout=60) as reply, atomic_write(path) as file:
             with tqdm.wrapattr(reply, "read", total=reply.length, desc=url) as stream:
                 shutil.copyfileobj(stream, file)
-            # reply.length counts down the bytes that are still to come.
-            require(not reply.length, f"{reply.length} bytes are missing")
+            require(not reply.length, f"{reply.length} bytes are missing")  # it counts down
     except Exception as error:  # networks fail in many ways
         raise BadInput(f"cannot fetch {url} ({error}); by hand, put it at {path}") from error
     return path
@@ -1215,8 +1213,7 @@ def evaluate_only(options, data):
     say(f"testing {path}")
     params, names = load_classifier(path, options.image_size)
     numbers = [*range(len(data["classes"]))]  # released heads have no names
-    same = names == data["classes"] or names == numbers
-    require(same, f"{path} has other classes than {data['name']}")
+    require(names in [data["classes"], numbers], f"{path} has other classes than {data['name']}")
     evaluate(replicate(params), data, options)
 
 
