@@ -50,6 +50,7 @@ import pyarrow.dataset as ds  # it comes with tensorflow-datasets, and so does t
 from jax.experimental import multihost_utils
 from jax.nn.initializers import lecun_normal, normal, ones, xavier_uniform, zeros
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+from pyarrow import ArrowInvalid
 from tqdm import tqdm
 
 # ----------------------------------------------------------------------------------------- 1. Model
@@ -63,13 +64,13 @@ SIZES = {
     "L": (1024, 24, 16),
     "H": (1280, 32, 16),
 }
-# For the kernels of L blocks at once: [L, D, M] and [L, M, D]; [L, D, A, E]; [L, A, E, D].
-xavier = xavier_uniform(in_axis=1, out_axis=2, batch_axis=0)
-to_heads = xavier_uniform(in_axis=1, out_axis=(2, 3), batch_axis=0)
-from_heads = xavier_uniform(in_axis=(1, 2), out_axis=3, batch_axis=0)
+# Initializers for the kernels of L blocks at once.
+xavier = xavier_uniform(in_axis=1, out_axis=2, batch_axis=0)  # [L, D, M], [L, M, D]
+to_heads = xavier_uniform(in_axis=1, out_axis=(2, 3), batch_axis=0)  # [L, D, A, E]
+from_heads = xavier_uniform(in_axis=(1, 2), out_axis=3, batch_axis=0)  # [L, A, E, D]
 
-# Each parameter by its name in the released checkpoints: a letter for each of its axes (1 and 3
-# stand for themselves), its initializer (None: only ever loaded), its name in timm.
+# Name in the released checkpoints: (axes, initializer, name in timm). An axis is a letter as above,
+# or 1 or 3, the size itself. Without an initializer, an array is never created, only loaded.
 PARAMETERS = {
     "embedding/kernel": ("PP3D", lecun_normal(in_axis=(0, 1, 2)), "patch_embed.proj.weight"),
     "embedding/bias": ("D", zeros, "patch_embed.proj.bias"),
@@ -218,13 +219,13 @@ def forward(params, images, dropout_key=None, dropout_rate=0.0, remat=False, fus
         return x, None
 
     # For the gradient, a block keeps its input and the products x @ kernel of its linear layers,
-    # and the backward pass computes all else again: norms, N x N weights, GELU. (q k^T has batch
-    # dimensions, images and heads, and is not kept.) With remat, a block keeps its input only.
+    # and the backward pass computes all else again: norms, N x N weights, GELU. (q k^T is not kept:
+    # both factors share "batch dims", images and heads.) With remat, a block keeps its input only.
     policies = jax.checkpoint_policies
     policy = policies.nothing_saveable if remat else policies.dots_with_no_batch_dims_saveable
     apply_block = jax.checkpoint(apply_block, policy=policy, prevent_cse=False)
     # scan applies it to slice after slice of the stacked blocks, and carries x along. XLA compiles
-    # one block instead of L. (prevent_cse is needed outside of a scan only.)
+    # one block instead of L. (Outside of a scan, prevent_cse=False could undo the recomputation.)
     x, _ = jax.lax.scan(apply_block, x, (blocks, block_keys))
     return head(params, x)
 
@@ -312,8 +313,8 @@ def sgd_init(params):
 def sgd_update(params, momentum, grads, rate, beta=0.9):
     """SGD with momentum, not Nesterov, without weight decay: returns new params and momentum.
 
-    As in the release, momentum is stored in bfloat16. beta * m is bfloat16, too (unless XLA keeps
-    more bits); + g makes it float32, which params use; only the stored copy is rounded again.
+    As in the release, momentum is stored in bfloat16, and beta * m is rounded to bfloat16 (XLA may
+    skip this). The sum with g is float32; it updates params, and is then rounded for storage.
     """
     momentum = jax.tree.map(lambda m, g: beta * m + g, momentum, grads)  # float32
     params = jax.tree.map(lambda p, m: p - rate * m, params, momentum)
@@ -415,8 +416,8 @@ def to_array(image, size, box=None):
 def inception_crop(rng, width, height):
     """A random box (left, upper, right, lower) in pixels, drawn as by TensorFlow in the release."""
     aspect = rng.uniform(3 / 4, 1.33)  # w / h
-    # h is uniform among the heights for which the box fits and has at least 5 % of the area, if it
-    # can. Where a rounded width makes it too small, h grows by one.
+    # h is uniform from the smallest height with 5 % of the area to the largest for which the box
+    # fits. Where rounding w leaves less than 5 %, h grows by one.
     area = 0.05 * width * height
     largest = min(height, int((width + 0.5) / aspect))  # so that round(h * aspect) <= width
     smallest = min(largest, max(1, round(math.sqrt(area / aspect))))
@@ -424,7 +425,7 @@ def inception_crop(rng, width, height):
     if h * round(h * aspect) < area:
         h = min(largest, h + 1)
     w = round(h * aspect)
-    left = rng.integers(max(1, width - w))  # a box that can move never reaches the far edge
+    left = rng.integers(max(1, width - w))  # excludes its end: TensorFlow's last place, too
     upper = rng.integers(max(1, height - h))
     return left, upper, left + w, upper + h
 
@@ -496,7 +497,7 @@ def evaluate(params, data, options):
 
     def example(i):
         image, label = data["read"](data["test"][min(i, count - 1)])
-        # The last image fills the last batch: its copies have the label -1, never predicted.
+        # The last batch is filled with the last image, under a label that no prediction equals.
         return to_array(image, size), label if i < count else -1
 
     # As many images at a time as in a micro-batch of training, or one on each device.
@@ -508,7 +509,7 @@ def evaluate(params, data, options):
     right = []  # predictions in each batch
     for images, labels in tqdm(examples, "evaluating", len(starts), delay=10, mininterval=10):
         right.append(eval_step(params, images, labels, options))
-        jax.block_until_ready(right[:-1])  # not for this batch: so at most two are queued
+        jax.block_until_ready(right[:-1])  # for all but this one: so at most two are queued
     accuracy = sum(map(int, right)) / count
     say(f"test accuracy {accuracy:.2%} of {count} images")
     return accuracy
@@ -598,7 +599,7 @@ class Options:
     mixup_alpha: float = option(0.0, "blend images by Beta(alpha, alpha); 0: off")
     augment: str = option("inception", "random crops and flips", choices=("inception", "none"))
     seed: int = option(0, "random seed")
-    logdir: str = option("runs", "folder of the run; commands add /DATA")
+    logdir: str = option("runs", "folder of the run; without this flag runs/DATA")
     data_dir: str = option("~/tensorflow_datasets", "folder of datasets and downloads")
     log_every: int = option(10, "updates between lines of progress")
     eval_every: int = option(100, "updates between evaluations and checkpoints")
@@ -671,7 +672,7 @@ def fetch(url, data_dir):
         with urllib.request.urlopen(url, timeout=60) as reply, atomic_write(path) as file:
             with tqdm.wrapattr(reply, "read", total=reply.length, desc=url) as stream:
                 shutil.copyfileobj(stream, file)
-            require(not reply.length, f"{reply.length} bytes are missing")  # it counts down
+            require(not reply.length, f"{reply.length} bytes are missing")  # it counts down to 0
     except Exception as error:  # networks fail in many ways
         raise BadInput(f"cannot fetch {url} ({error}); by hand, put it at {path}") from error
     return path
@@ -736,7 +737,7 @@ def from_timm(arrays):
     released = dict(arrays)  # unknown arrays keep their names, so that `to_params` refuses them
     for name, axes, timm in rows_of(depth):
         if timm in arrays:  # pre_logits never is, and in some files no head
-            released.pop(timm, None)  # None: qkv is met three times
+            released.pop(timm, None)  # or None: qkv is met three times
             array = arrays[timm]
             if ".qkv." in timm:  # query, key and value in one: [3D, D] or [3D]
                 part = ["query", "key", "value"].index(name.split("/")[-2])
@@ -853,7 +854,7 @@ def adapt(params, image_size, num_classes=None):
 # Several hosts run one process each. Each reads its share of the images; only the first writes the
 # run, but to resume, all must see its --logdir. If one fails, JAX ends the others.
 
-# What need not be the same on all hosts; and what, besides, may change when a run is resumed.
+# Options that may differ between hosts, and those that may change when a run is resumed.
 PER_HOST = {"coordinator_address", "process_id", "logdir", "data_dir"}
 MAY_CHANGE = PER_HOST | {"num_processes", "accum_steps", "remat", "fused_attention"}
 MAY_CHANGE |= {"log_every", "eval_every", "eval_only"}
@@ -968,14 +969,13 @@ CIFAR = {name: f"hf://datasets/uoft-cs/{name}" for name in ("cifar10", "cifar100
 FORMATS = "JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM"
 ENDINGS = {ending for ending, x in Image.registered_extensions().items() if x in FORMATS}
 PngImagePlugin.MAX_TEXT_CHUNK = 64 << 20  # bytes of a colour profile; Pillow's limit is 1 MiB
-digit_font = cache(ImageFont.load_default)
 
 
 @cache
 def draw_digit(i):
     """Digit i modulo 10 in Pillow's own font, shifted and rotated: (RGB image, 32 x 32; label)."""
     rng, label = np.random.default_rng(i), i % 10
-    font = digit_font(int(rng.integers(22, 31)))
+    font = ImageFont.load_default(int(rng.integers(22, 31)))
     image = Image.new("L", (32, 32))
     ImageDraw.Draw(image).text(rng.integers(13, 20, 2), str(label), 255, font, anchor="mm")
     return image.rotate(rng.uniform(-15, 15), BILINEAR).convert("RGB"), label
@@ -1005,7 +1005,7 @@ def choose_test_split(name, splits, first_label):
         if split in splits and first_label(split) >= 0:
             return split
     require("train" in splits, f"{name} has no train, test, validation or val, but {[*splits]}")
-    return None  # so a tenth of train is for testing
+    return None  # the caller holds out a tenth of train
 
 
 def hub_dataset(name, options):
@@ -1237,7 +1237,7 @@ def main(argv=None):
         message = " ".join(str(error).split())[:600]
         if "RESOURCE_EXHAUSTED" in message:
             message = "out of memory: raise --accum_steps, or add --remat or --dtype=bfloat16"
-        elif not isinstance(error, (BadInput, OSError, ImportError)):
+        elif not isinstance(error, (BadInput, OSError, ImportError, ArrowInvalid)):
             traceback.print_exc()
             return 1
         print("vit.py:", message, file=sys.stderr)
