@@ -286,7 +286,7 @@ def mixup(images, targets, lam):
 
 
 def learning_rate(step, base_lr, total_steps, warmup_steps, decay_type="cosine"):
-    """The rate of update `step`, the first being 0, as in the release: int [...] -> float32.
+    """The learning rate of update `step`, counted from 0, as in the release: int [...] -> float32.
 
     It rises linearly from 0 to base_lr, then falls as a cosine to 0 or linearly to 1e-5.
     """
@@ -336,8 +336,8 @@ def train_step(state, images, labels, options):
     images: uint8 [local devices, accum_steps, B, H, W, 3]; labels: int32 [local devices,
     accum_steps, B], for micro-batches of B. Inside, the axis of devices is gone. options: part 5.
 
-    Random keys derive from seed, step and, for dropout, the device. Only `pmean` communicates: it
-    averages loss and gradients over the devices of all hosts, so all compute the same state.
+    Random keys derive from seed and step and, for dropout, device and micro-batch. Only `pmean`
+    communicates: it averages loss and gradients over all devices, so all compute the same state.
     """
     params, step = state["params"], state["step"]
     step_key = jax.random.fold_in(jax.random.key(options.seed), step)
