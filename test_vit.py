@@ -495,10 +495,11 @@ def test_evaluation_counts_every_image_once_and_tests_what_a_run_would_go_on_fro
         options = vit.Options(batch_size=32, accum_steps=2)
         assert vit.evaluate(vit.replicate(params), data, options) == right / count
     np.savez("x.npz", **seeded_weights(**XS), class_names=["cat", "dog"])
-    command = f"{learned.command} --eval_only --pretrained=x.npz --image_size=0"
-    out = run(command)
-    assert f"testing {learned.logdir}/checkpoint.npz" in out and "test accuracy 100.00%" in out
+    command = f"{learned.command} --eval_only --pretrained=x.npz".replace("--image_size=16", "")
     with mock.patch.object(vit, "eval_step", side_effect=vit.eval_step) as eval_step:
+        out = run(command)
+        assert f"testing {learned.logdir}/checkpoint.npz" in out and "test accuracy 100.00%" in out
+        assert eval_step.call_args.args[1].shape == (8, 2, 16, 16, 3)  # as the checkpoint has it
         assert "testing x.npz" in run(f"{command} --logdir=new --image_size=33 --dtype=bfloat16")
     assert eval_step.call_args.args[1].shape == (8, 2, 32, 32, 3)
 
