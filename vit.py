@@ -498,7 +498,7 @@ def evaluate(params, data, options):
     def example(i):
         image, label = data["read"](data["test"][min(i, count - 1)])
         # The last batch is filled with the last image, under a label that no prediction equals.
-        return to_array(image, size), label if i < count else -1
+        return to_array(image, size), (label if i < count else -1)
 
     # As many images at a time as in a micro-batch of training, or one on each device.
     devices = jax.device_count()
