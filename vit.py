@@ -885,7 +885,7 @@ def replicate(tree):
     """Copies arrays to all devices, for pmap. Raises BadInput if hosts have different ones."""
     checksums = [zlib.crc32(np.asarray(leaf).tobytes()) for leaf in jax.tree.leaves(tree)]
     same_on_all_hosts({"the weights to start from (is --logdir the same?)": checksums})
-    # This pmap does nothing but copy. It needs one argument with an axis of devices: arange.
+    # This pmap only copies. As one argument must have an axis of devices, it also gets arange.
     copy = on_all_devices(lambda tree, _: tree, in_axes=(None, 0))
     return copy(tree, np.arange(jax.local_device_count()))
 
