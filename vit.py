@@ -69,8 +69,8 @@ xavier = xavier_uniform(in_axis=1, out_axis=2, batch_axis=0)  # [L, D, M], [L, M
 to_heads = xavier_uniform(in_axis=1, out_axis=(2, 3), batch_axis=0)  # [L, D, A, E]
 from_heads = xavier_uniform(in_axis=(1, 2), out_axis=3, batch_axis=0)  # [L, A, E, D]
 
-# Name in the released checkpoints: (axes, initializer, name in timm). An axis is a letter as above,
-# or 1 or 3, the size itself. Without an initializer, an array is never created, only loaded.
+# Name in the released checkpoints: (axes, initializer, name in timm). Axes are the letters from the
+# top of the file; 1 and 3 are sizes. Initializer None: never created, only loaded.
 PARAMETERS = {
     "embedding/kernel": ("PP3D", lecun_normal(in_axis=(0, 1, 2)), "patch_embed.proj.weight"),
     "embedding/bias": ("D", zeros, "patch_embed.proj.bias"),
@@ -108,8 +108,8 @@ BLOCK_PARAMETERS = {
 def linear(x, kernel, bias):
     """x @ kernel + bias in the dtype of x: [..., D] -> [..., M], by a kernel [D, M] and a bias [M].
 
-    A kernel [D, A, E] makes heads, [A, E, D] joins them, [P, P, 3, D] projects patches: the last
-    axes are those of the bias, and the ones before them are summed over.
+    A kernel [D, A, E] makes heads, [A, E, D] joins them, [P, P, 3, D] projects patches: a kernel
+    ends with the axes of its bias; all axes before those are summed over, with the last ones of x.
     """
     kernel, bias = kernel.astype(x.dtype), bias.astype(x.dtype)
     return jnp.tensordot(x, kernel, kernel.ndim - bias.ndim) + bias
@@ -219,13 +219,13 @@ def forward(params, images, dropout_key=None, dropout_rate=0.0, remat=False, fus
         return x, None
 
     # For the gradient, a block keeps its input and the products x @ kernel of its linear layers,
-    # and the backward pass computes all else again: norms, N x N weights, GELU. (q k^T is not kept:
-    # both factors share "batch dims", images and heads.) With remat, a block keeps its input only.
+    # and the backward pass computes all else again: norms, N x N weights, GELU. (q k^T has images
+    # and heads as "batch dims", so it is not kept.) With remat, a block keeps its input only.
     policies = jax.checkpoint_policies
     policy = policies.nothing_saveable if remat else policies.dots_with_no_batch_dims_saveable
     apply_block = jax.checkpoint(apply_block, policy=policy, prevent_cse=False)
     # scan applies it to slice after slice of the stacked blocks, and carries x along. XLA compiles
-    # one block instead of L. (Outside of a scan, prevent_cse=False could undo the recomputation.)
+    # one block instead of L. (prevent_cse stops XLA from merging recomputations; scan does, too.)
     x, _ = jax.lax.scan(apply_block, x, (blocks, block_keys))
     return head(params, x)
 
@@ -313,15 +313,15 @@ def sgd_init(params):
 def sgd_update(params, momentum, grads, rate, beta=0.9):
     """SGD with momentum, not Nesterov, without weight decay: returns new params and momentum.
 
-    As in the release, momentum is stored in bfloat16, and beta * m is rounded to bfloat16 (XLA may
-    skip this). The sum with g is float32; it updates params, and is then rounded for storage.
+    As in the release, momentum is stored in bfloat16, so beta * m is bfloat16, too (XLA may skip
+    that rounding). The sum with g is float32; it updates params, and is then rounded for storage.
     """
-    momentum = jax.tree.map(lambda m, g: beta * m + g, momentum, grads)  # float32
+    momentum = jax.tree.map(lambda m, g: beta * m + g, momentum, grads)  # sums: float32
     params = jax.tree.map(lambda p, m: p - rate * m, params, momentum)
     return params, jax.tree.map(lambda m: m.astype(jnp.bfloat16), momentum)
 
 
-# `pmap` runs a function on all devices of all hosts; each host calls it with data for its own.
+# `pmap` runs a function on all devices of all hosts. A host passes the data of its own devices.
 # in_axes says what a device gets of each argument: 0, its slice of the first axis; None, all of it.
 # By out_axes=None we promise that all compute the same: Python sees one result. A static argument
 # is a constant to the compiler, a donated one gives its memory to the result.
@@ -425,7 +425,7 @@ def inception_crop(rng, width, height):
     if h * round(h * aspect) < area:
         h = min(largest, h + 1)
     w = round(h * aspect)
-    left = rng.integers(max(1, width - w))  # excludes its end: TensorFlow's last place, too
+    left = rng.integers(max(1, width - w))  # never width - w, as in TensorFlow
     upper = rng.integers(max(1, height - h))
     return left, upper, left + w, upper + h
 
@@ -471,14 +471,14 @@ def batch_positions(batch_size, accum_steps=1):
 def batches(example, indices, ahead=3):
     """For each int array [...] of indices: uint8 [..., size, size, 3] and int32 labels [...].
 
-    Threads read parts of up to `ahead` batches in advance: Pillow releases Python's lock.
+    Up to `ahead` batches are read in advance, split among threads: Pillow releases Python's lock.
     """
 
     def start(batch):
         parts = np.array_split(batch.ravel(), CPUS)
         return batch.shape, POOL.map(lambda part: [example(i) for i in part.tolist()], parts)
 
-    started = map(start, indices)  # lazy: it starts a batch when that is taken from it
+    started = map(start, indices)  # lazy: start(batch) runs when islice takes it
     waiting = list(islice(started, ahead))
     while waiting:
         shape, parts = waiting.pop(0)
@@ -509,7 +509,7 @@ def evaluate(params, data, options):
     right = []  # predictions in each batch
     for images, labels in tqdm(examples, "evaluating", len(starts), delay=10, mininterval=10):
         right.append(eval_step(params, images, labels, options))
-        jax.block_until_ready(right[:-1])  # for all but this one: so at most two are queued
+        jax.block_until_ready(right[:-1])  # those before this one: so at most two are queued
     accuracy = sum(map(int, right)) / count
     say(f"test accuracy {accuracy:.2%} of {count} images")
     return accuracy
@@ -560,13 +560,13 @@ def train(options, data):
             say(f"step {done}/{total}  loss {loss:.4f}  lr {rate:.2e}  {pace}")
             if is_first and left > 3600 and jax.default_backend() == "cpu":
                 say("no GPU or TPU was found; for a CPU: --model=ViT-Ti_16 --image_size=224")
-            if log:  # the first update is only printed: a resumed run leaves the same rows
+            if log:  # not for is_first alone: a resumed run would have one row more
                 run["rows"].append((done, loss, rate, speed, ""))
             if test:
                 accuracy = evaluate(state["params"], data, options)
                 run["rows"].append((done, "", "", "", accuracy))
                 save_run(options, state, run)
-            clock, clock_step = time.perf_counter(), done  # it leaves evaluations out
+            clock, clock_step = time.perf_counter(), done  # so it leaves evaluations out
     return jax.device_get(state["params"])
 
 
@@ -672,7 +672,7 @@ def fetch(url, data_dir):
         with urllib.request.urlopen(url, timeout=60) as reply, atomic_write(path) as file:
             with tqdm.wrapattr(reply, "read", total=reply.length, desc=url) as stream:
                 shutil.copyfileobj(stream, file)
-            require(not reply.length, f"{reply.length} bytes are missing")  # it counts down to 0
+            require(not reply.length, f"{reply.length} bytes are missing")  # still to come
     except Exception as error:  # networks fail in many ways
         raise BadInput(f"cannot fetch {url} ({error}); by hand, put it at {path}") from error
     return path
@@ -736,8 +736,8 @@ def from_timm(arrays):
     depth = sum(name.endswith("norm1.bias") for name in arrays)
     released = dict(arrays)  # unknown arrays keep their names, so that `to_params` refuses them
     for name, axes, timm in rows_of(depth):
-        if timm in arrays:  # pre_logits never is, and in some files no head
-            released.pop(timm, None)  # or None: qkv is met three times
+        if timm in arrays:  # not so for pre_logits, nor in some files for head
+            released.pop(timm, None)  # None: no error when qkv comes again
             array = arrays[timm]
             if ".qkv." in timm:  # query, key and value in one: [3D, D] or [3D]
                 part = ["query", "key", "value"].index(name.split("/")[-2])
@@ -1000,11 +1000,11 @@ def decode(file, name):
 
 
 def choose_test_split(name, splits, first_label):
-    """The first usual test split whose first label is not hidden (-1), or None. Raises BadInput."""
+    """The first usual split for tests that has labels (not -1), or None. Raises BadInput."""
     for split in ("test", "validation", "val", "valid"):
         if split in splits and first_label(split) >= 0:
             return split
-    require("train" in splits, f"{name} has no train, test, validation or val, but {[*splits]}")
+    require("train" in splits, f"{name} has no train, and no test with labels, but {[*splits]}")
     return None  # the caller holds out a tenth of train
 
 
