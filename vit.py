@@ -425,7 +425,7 @@ def inception_crop(rng, width, height):
     if h * round(h * aspect) < area:
         h = min(largest, h + 1)
     w = round(h * aspect)
-    left = rng.integers(max(1, width - w))  # never width - w, as in TensorFlow
+    left = rng.integers(max(1, width - w))  # 0, or below width - w, as in TensorFlow
     upper = rng.integers(max(1, height - h))
     return left, upper, left + w, upper + h
 
@@ -1000,7 +1000,11 @@ def decode(file, name):
 
 
 def choose_test_split(name, splits, first_label):
-    """The first usual split for tests that has labels (not -1), or None. Raises BadInput."""
+    """The split to test on: the first of four usual names whose labels are not hidden as -1, or None.
+
+    first_label: a function from a split to the label of its first image. Raises BadInput if there
+    is no train either, of which the caller could hold out a tenth.
+    """
     for split in ("test", "validation", "val", "valid"):
         if split in splits and first_label(split) >= 0:
             return split
@@ -1009,7 +1013,10 @@ def choose_test_split(name, splits, first_label):
 
 
 def hub_dataset(name, options):
-    """A set of the Hugging Face hub, held in memory. Raises BadInput if no images have classes."""
+    """A set of the Hugging Face hub: hf://datasets/OWNER/NAME, or hf://datasets/OWNER/NAME/CONFIG.
+
+    Its Parquet files are held in memory. Raises BadInput if it has no images with classes.
+    """
     parts = re.fullmatch("hf://datasets/([^/]+/[^/]+)(?:/([^/]+))?", name)
     require(parts, f"{name} is not hf://datasets/OWNER/NAME or hf://datasets/OWNER/NAME/CONFIG")
     repo, config = parts.groups()
@@ -1089,8 +1096,9 @@ def tfds_dataset(name, options):
     classes = getattr(features.get("label"), "names", None)
     require(classes and "image" in features, f"{name} has no images with classes: {[*features]}")
 
-    still_encoded = {"image": tfds.decode.SkipDecoding()}
-    source = partial(builder.as_data_source, decoders=still_encoded)
+    # source: from a split to a sequence of {"image": encoded image, "label": int}.
+    encoded = {"image": tfds.decode.SkipDecoding()}
+    source = partial(builder.as_data_source, decoders=encoded)
     split = choose_test_split(name, splits, lambda x: source(x)[0]["label"])
     trained, tested = ("train", split) if split else ("train[:90%]", "train[90%:]")
     if builder.name == "imagenet2012":
@@ -1171,13 +1179,14 @@ def classify(options, photos):
         say(f"{photo}, and where the model looked: {picture}")
         for label in probabilities.argsort()[::-1][:5]:
             say(f"{probabilities[label]:8.2%}  {names[label]}")
-        light = Image.fromarray(0.1 + 0.9 * light).resize(image.size, BILINEAR)
+        light = Image.fromarray(0.1 + 0.9 * light).resize(image.size, BILINEAR)  # 10 % at least
         attended = np.uint8(np.asarray(image) * np.asarray(light)[..., None])
         Image.fromarray(np.hstack([image, attended])).save(picture)
 
 
 # ------------------------------------------------------------------------------- 10. Command line
 
+# What takes the place of the defaults of Options for some DATA.
 DIGITS = {"model": "ViT-XS_8", "pretrained": "none", "image_size": 32, "augment": "none"}
 DIGITS |= {"batch_size": 64, "accum_steps": 1, "base_lr": 0.1}
 DIGITS |= {"total_steps": 800, "warmup_steps": 100, "log_every": 100}
