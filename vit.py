@@ -1000,7 +1000,7 @@ def decode(file, name):
 
 
 def choose_test_split(name, splits, first_label):
-    """The split to test on: the first of four usual names whose labels are not hidden as -1, or None.
+    """The split to test on: the first of the usual names whose labels are not hidden (-1), or None.
 
     first_label: a function from a split to the label of its first image. Raises BadInput if there
     is no train either, of which the caller could hold out a tenth.
