@@ -83,25 +83,25 @@ PARAMETERS = {
     "head/kernel": ("DK", zeros, "head.weight"),
     "head/bias": ("K", zeros, "head.bias"),
 }
-# The same for one block. A checkpoint has these arrays for each block, in
-# Transformer/encoderblock_0/ and so on. In params they are stacked: [L, ...].
+# The same for the blocks. In params, their arrays are stacked, in Transformer/encoderblock/. A
+# checkpoint has them block by block, without L, in Transformer/encoderblock_0/ and so on.
 BLOCK_PARAMETERS = {
-    "LayerNorm_0/scale": ("D", ones, "norm1.weight"),
-    "LayerNorm_0/bias": ("D", zeros, "norm1.bias"),
-    "MultiHeadDotProductAttention_1/query/kernel": ("DAE", to_heads, "attn.qkv.weight"),
-    "MultiHeadDotProductAttention_1/query/bias": ("AE", zeros, "attn.qkv.bias"),
-    "MultiHeadDotProductAttention_1/key/kernel": ("DAE", to_heads, "attn.qkv.weight"),
-    "MultiHeadDotProductAttention_1/key/bias": ("AE", zeros, "attn.qkv.bias"),
-    "MultiHeadDotProductAttention_1/value/kernel": ("DAE", to_heads, "attn.qkv.weight"),
-    "MultiHeadDotProductAttention_1/value/bias": ("AE", zeros, "attn.qkv.bias"),
-    "MultiHeadDotProductAttention_1/out/kernel": ("AED", from_heads, "attn.proj.weight"),
-    "MultiHeadDotProductAttention_1/out/bias": ("D", zeros, "attn.proj.bias"),
-    "LayerNorm_2/scale": ("D", ones, "norm2.weight"),
-    "LayerNorm_2/bias": ("D", zeros, "norm2.bias"),
-    "MlpBlock_3/Dense_0/kernel": ("DM", xavier, "mlp.fc1.weight"),
-    "MlpBlock_3/Dense_0/bias": ("M", normal(1e-6), "mlp.fc1.bias"),
-    "MlpBlock_3/Dense_1/kernel": ("MD", xavier, "mlp.fc2.weight"),
-    "MlpBlock_3/Dense_1/bias": ("D", normal(1e-6), "mlp.fc2.bias"),
+    "LayerNorm_0/scale": ("LD", ones, "norm1.weight"),
+    "LayerNorm_0/bias": ("LD", zeros, "norm1.bias"),
+    "MultiHeadDotProductAttention_1/query/kernel": ("LDAE", to_heads, "attn.qkv.weight"),
+    "MultiHeadDotProductAttention_1/query/bias": ("LAE", zeros, "attn.qkv.bias"),
+    "MultiHeadDotProductAttention_1/key/kernel": ("LDAE", to_heads, "attn.qkv.weight"),
+    "MultiHeadDotProductAttention_1/key/bias": ("LAE", zeros, "attn.qkv.bias"),
+    "MultiHeadDotProductAttention_1/value/kernel": ("LDAE", to_heads, "attn.qkv.weight"),
+    "MultiHeadDotProductAttention_1/value/bias": ("LAE", zeros, "attn.qkv.bias"),
+    "MultiHeadDotProductAttention_1/out/kernel": ("LAED", from_heads, "attn.proj.weight"),
+    "MultiHeadDotProductAttention_1/out/bias": ("LD", zeros, "attn.proj.bias"),
+    "LayerNorm_2/scale": ("LD", ones, "norm2.weight"),
+    "LayerNorm_2/bias": ("LD", zeros, "norm2.bias"),
+    "MlpBlock_3/Dense_0/kernel": ("LDM", xavier, "mlp.fc1.weight"),
+    "MlpBlock_3/Dense_0/bias": ("LM", normal(1e-6), "mlp.fc1.bias"),
+    "MlpBlock_3/Dense_1/kernel": ("LMD", xavier, "mlp.fc2.weight"),
+    "MlpBlock_3/Dense_1/bias": ("LD", normal(1e-6), "mlp.fc2.bias"),
 }
 
 
@@ -250,11 +250,9 @@ def init_params(key, model, image_size, num_classes):
     grid = image_size // int(patch)  # patches along a side, rounded down
     sizes = {"1": 1, "3": 3, "P": int(patch), "N": 1 + grid * grid, "D": d}
     sizes |= {"L": depth, "A": heads, "E": d // heads, "M": 4 * d, "K": num_classes}
-    table = dict(PARAMETERS)
-    for name, (axes, *rest) in BLOCK_PARAMETERS.items():
-        table[f"Transformer/encoderblock/{name}"] = ("L" + axes, *rest)
+    blocks = {f"Transformer/encoderblock/{name}": row for name, row in BLOCK_PARAMETERS.items()}
     arrays = {}
-    for i, (name, (axes, initializer, _)) in enumerate(table.items()):
+    for i, (name, (axes, initializer, _)) in enumerate((PARAMETERS | blocks).items()):
         if initializer:
             shape = [sizes[letter] for letter in axes]
             arrays[name] = initializer(jax.random.fold_in(key, i), shape)
@@ -560,11 +558,10 @@ def train(options, data):
             say(f"step {done}/{total}  loss {loss:.4f}  lr {rate:.2e}  {pace}")
             if is_first and left > 3600 and jax.default_backend() == "cpu":
                 say("no GPU or TPU was found; for a CPU: --model=ViT-Ti_16 --image_size=224")
+            accuracy = evaluate(state["params"], data, options) if test else ""
             if log:  # not for is_first alone: a resumed run would have one row more
-                run["rows"].append((done, loss, rate, speed, ""))
+                run["rows"].append((done, loss, rate, speed, accuracy))
             if test:
-                accuracy = evaluate(state["params"], data, options)
-                run["rows"].append((done, "", "", "", accuracy))
                 save_run(options, state, run)
             clock, clock_step = time.perf_counter(), done  # so it leaves evaluations out
     return jax.device_get(state["params"])
@@ -683,8 +680,7 @@ def pretrained_file(options, fine_tuned=False):
     path = os.path.expanduser(options.pretrained)
     if path == "released":
         names = {model: both[fine_tuned] for model, both in RELEASED.items() if both[fine_tuned]}
-        why = f"--model={options.model} is not among the released: {[*names]}"
-        require(options.model in names, why)
+        require(options.model in names, f"--model={options.model} is not released, but {[*names]}")
         path = f"{HUB}/timm/vit_{names[options.model]}/resolve/main/model.safetensors"
     return fetch(path, options.data_dir) if re.match("https?://", path) else path
 
@@ -718,7 +714,7 @@ def rows_of(depth):
         yield name, axes, timm
     for i in range(depth):
         for name, (axes, _, timm) in BLOCK_PARAMETERS.items():
-            yield f"Transformer/encoderblock_{i}/{name}", axes, f"blocks.{i}.{timm}"
+            yield f"Transformer/encoderblock_{i}/{name}", axes[1:], f"blocks.{i}.{timm}"
 
 
 def from_timm(arrays):
@@ -999,17 +995,25 @@ def decode(file, name):
         raise BadInput(f"cannot read the image {name} ({error}); {way_out}") from error
 
 
-def choose_test_split(name, splits, first_label):
-    """The split to test on: the first of the usual names whose labels are not hidden (-1), or None.
+def labelled_dataset(name, splits, load):
+    """A set of the hub or TFDS as data without a name (part 3). Raises BadInput.
 
-    first_label: a function from a split to the label of its first image. Raises BadInput if there
-    is no train either, of which the caller could hold out a tenth.
+    load: a function from one of the splits to {"examples": a sequence of {"image": encoded image,
+    "label": int}, "classes": their names}. Tests are on the first split with a usual name and with
+    labels that are not hidden (-1); if there is none, "test" is empty.
     """
-    for split in ("test", "validation", "val", "valid"):
-        if split in splits and first_label(split) >= 0:
-            return split
-    require("train" in splits, f"{name} has no train, and no test with labels, but {[*splits]}")
-    return None  # the caller holds out a tenth of train
+    usual = [x for x in ("test", "validation", "val", "valid") if x in splits]
+    tested = next((x for x in usual if load(x)["examples"][0]["label"] >= 0), None)
+    require(tested or "train" in splits, f"{name} has no train or labelled test, but {[*splits]}")
+    train = load("train")["examples"] if "train" in splits else []
+    test = load(tested)["examples"] if tested else []
+    n, classes = len(train), load(tested or "train")["classes"]
+
+    def read(i):
+        example = train[i] if i < n else test[i - n]
+        return decode(io.BytesIO(example["image"]), f"in {name}"), int(example["label"])
+
+    return {"classes": classes, "train": range(n), "test": range(n, n + len(test)), "read": read}
 
 
 def hub_dataset(name, options):
@@ -1041,12 +1045,7 @@ def hub_dataset(name, options):
         examples = table.to_table(columns).to_pylist()
         return {"examples": examples, "classes": features[label]["names"]}
 
-    split = choose_test_split(name, splits, lambda x: load(x)["examples"][0]["label"])
-    test = load(split)["examples"] if split else []
-    train = load("train")["examples"] if "train" in splits else []
-    if name in CIFAR.values():
-        train = train[: round(0.98 * len(train))]  # as in the release
-    return {"classes": load(split or "train")["classes"], "train": train, "test": test}
+    return labelled_dataset(name, splits, load)
 
 
 def image_folder(root):
@@ -1096,15 +1095,8 @@ def tfds_dataset(name, options):
     classes = getattr(features.get("label"), "names", None)
     require(classes and "image" in features, f"{name} has no images with classes: {[*features]}")
 
-    # source: from a split to a sequence of {"image": encoded image, "label": int}.
-    encoded = {"image": tfds.decode.SkipDecoding()}
-    source = partial(builder.as_data_source, decoders=encoded)
-    split = choose_test_split(name, splits, lambda x: source(x)[0]["label"])
-    trained, tested = ("train", split) if split else ("train[:90%]", "train[90%:]")
-    if builder.name == "imagenet2012":
-        trained = "train[:99%]"  # as in the release
-    train = source(trained) if "train" in splits else []
-    return {"classes": classes, "train": train, "test": source(tested)}
+    source = partial(builder.as_data_source, decoders={"image": tfds.decode.SkipDecoding()})
+    return labelled_dataset(name, splits, lambda x: {"examples": source(x), "classes": classes})
 
 
 def load_data(name, options):
@@ -1119,17 +1111,16 @@ def load_data(name, options):
         data, name = image_folder(name), os.path.abspath(name)
     else:
         data = tfds_dataset(name, options)
+    # As in the release, the last 2 % of CIFAR and the last 1 % of ImageNet are not used.
+    used = 0.98 if name in CIFAR.values() else 0.99 if re.match(r"imagenet2012\b", name) else 1
+    data["train"] = data["train"][: round(used * len(data["train"]))]
     if not data["test"]:  # every tenth is for testing
         data["test"] = data["train"][::10]
         data["train"] = [x for i, x in enumerate(data["train"]) if i % 10]
     train, test, classes = len(data["train"]), len(data["test"]), data["classes"]
     same_on_all_hosts({"data": name, "classes": classes, "numbers of images": (train, test)})
     say(f"{name}: {train} images for training and {test} for testing, of {len(classes)} classes")
-
-    def read(example):  # of the hub or TFDS
-        return decode(io.BytesIO(example["image"]), f"in {name}"), int(example["label"])
-
-    return {"name": name, "read": read} | data  # digits and folders bring their own read
+    return data | {"name": name}
 
 
 # --------------------------------------------------------------------------------------- 9. Photos
