@@ -996,11 +996,11 @@ def decode(file, name):
 
 
 def labelled_dataset(name, splits, load):
-    """A set of the hub or TFDS as data without a name (part 3). Raises BadInput.
+    """A set of the hub or TFDS as data (part 3), still without a name. Raises BadInput.
 
-    load: a function from one of the splits to {"examples": a sequence of {"image": encoded image,
-    "label": int}, "classes": their names}. Tests are on the first split with a usual name and with
-    labels that are not hidden (-1); if there is none, "test" is empty.
+    load: a function from the name of a split to {"examples": a sequence of {"image": encoded image,
+    "label": int}, "classes": list of names}. The test split is the first with a usual name whose
+    labels are not hidden (-1). If there is none, "test" is empty.
     """
     usual = [x for x in ("test", "validation", "val", "valid") if x in splits]
     tested = next((x for x in usual if load(x)["examples"][0]["label"] >= 0), None)
