@@ -961,9 +961,9 @@ def bad(tmp_path_factory):
 # The line of error names the last word of the command, or what is written after a colon here.
 BAD_COMMANDS = """--modle=ViT-B_16 | --model=ViT-Q | --total_steps=0 | --dropout=1 | --base_lr=nan
     --dtype=float16: 'float16' | --batch_size=24 --accum_steps=2: --batch_size=24 | --image_size=7
-    --fused_attention: bfloat16 | --mixup_alpha=0.2 --batch_size=8: --mixup_alpha
-    --grad_norm_clip=0: --grad_norm_clip | --warmup_steps=30: --total
-    --eval_only: runs/digits
+    --fused_attention: bfloat16 | --fused_attention --dtype=bfloat16: NVIDIA GPU
+    --mixup_alpha=0.2 --batch_size=8: --mixup_alpha | --grad_norm_clip=0: --grad_norm_clip
+    --warmup_steps=30: --total | --eval_only: runs/digits
     --coordinator_address=foo: =foo | --num_processes=2: HOST:PORT | cifra10 | hf://datasets/OWNER
     --pretrained=released --model=ViT-S_14 | --pretrained=absent.npz | mnist: must be prepared
     --pretrained=http://127.0.0.1:9/v.npz | unknown: 'wolf' | unknown/test/wolf: CLASS/*.jpg

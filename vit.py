@@ -69,8 +69,8 @@ xavier = xavier_uniform(in_axis=1, out_axis=2, batch_axis=0)  # [L, D, M], [L, M
 to_heads = xavier_uniform(in_axis=1, out_axis=(2, 3), batch_axis=0)  # [L, D, A, E]
 from_heads = xavier_uniform(in_axis=(1, 2), out_axis=3, batch_axis=0)  # [L, A, E, D]
 
-# Name in the released checkpoints: (axes, initializer, name in timm). Axes are the letters from the
-# top of the file; 1 and 3 are sizes. Initializer None: never created, only loaded.
+# Name in the released checkpoints: (axes, initializer, name in timm). Axes "PP3D" mean the shape
+# [P, P, 3, D], with the letters from the top of the file. Initializer None: only ever loaded.
 PARAMETERS = {
     "embedding/kernel": ("PP3D", lecun_normal(in_axis=(0, 1, 2)), "patch_embed.proj.weight"),
     "embedding/bias": ("D", zeros, "patch_embed.proj.bias"),
@@ -108,8 +108,8 @@ BLOCK_PARAMETERS = {
 def linear(x, kernel, bias):
     """x @ kernel + bias in the dtype of x: [..., D] -> [..., M], by a kernel [D, M] and a bias [M].
 
-    A kernel [D, A, E] makes heads, [A, E, D] joins them, [P, P, 3, D] projects patches: a kernel
-    ends with the axes of its bias; all axes before those are summed over, with the last ones of x.
+    A kernel [D, A, E] makes heads, [A, E, D] joins them, [P, P, 3, D] projects patches: its last
+    axes, as many as the bias has, go to the result; the others are summed over with x's last ones.
     """
     kernel, bias = kernel.astype(x.dtype), bias.astype(x.dtype)
     return jnp.tensordot(x, kernel, kernel.ndim - bias.ndim) + bias
@@ -219,13 +219,13 @@ def forward(params, images, dropout_key=None, dropout_rate=0.0, remat=False, fus
         return x, None
 
     # For the gradient, a block keeps its input and the products x @ kernel of its linear layers,
-    # and the backward pass computes all else again: norms, N x N weights, GELU. (q k^T has images
-    # and heads as "batch dims", so it is not kept.) With remat, a block keeps its input only.
+    # and the backward pass computes all else again: norms, attention, GELU. (q k^T and weights @ v
+    # have images and heads as "batch dims".) With remat, a block keeps its input only.
     policies = jax.checkpoint_policies
     policy = policies.nothing_saveable if remat else policies.dots_with_no_batch_dims_saveable
     apply_block = jax.checkpoint(apply_block, policy=policy, prevent_cse=False)
     # scan applies it to slice after slice of the stacked blocks, and carries x along. XLA compiles
-    # one block instead of L. (prevent_cse stops XLA from merging recomputations; scan does, too.)
+    # one block instead of L. (prevent_cse: in scan, XLA cannot merge a recomputation anyway.)
     x, _ = jax.lax.scan(apply_block, x, (blocks, block_keys))
     return head(params, x)
 
@@ -312,7 +312,7 @@ def sgd_update(params, momentum, grads, rate, beta=0.9):
     """SGD with momentum, not Nesterov, without weight decay: returns new params and momentum.
 
     As in the release, momentum is stored in bfloat16, so beta * m is bfloat16, too (XLA may skip
-    that rounding). The sum with g is float32; it updates params, and is then rounded for storage.
+    that rounding). Adding g makes it float32. This moves params, and is then rounded for storage.
     """
     momentum = jax.tree.map(lambda m, g: beta * m + g, momentum, grads)  # sums: float32
     params = jax.tree.map(lambda p, m: p - rate * m, params, momentum)
@@ -541,10 +541,10 @@ def train(options, data):
         previous_loss = loss
         state, loss, rate = train_step(state, images, labels, options)
         is_first = done == first + 1
-        if is_first:  # it is compiled now, and begins to run: the clock leaves compilation out
+        if is_first:  # it returned once it was compiled and queued: the clock starts here
             clock, clock_step = time.perf_counter(), first
         # train_step returns before the devices have finished. We wait for the update before this
-        # one: so there is always one in the queue, and batches do not pile up on the devices.
+        # one: this one is queued by then, and batches do not pile up on the devices.
         jax.block_until_ready(previous_loss)
         test = done == total or done % options.eval_every == 0
         log = test or done % options.log_every == 0
@@ -620,8 +620,6 @@ class Options:
         warms_up = self.warmup_steps < self.total_steps
         require(warms_up, f"--warmup_steps={self.warmup_steps} must be below --total_steps")
         require(self.process_id < self.num_processes, "--process_id must be below --num_processes")
-        if self.fused_attention:
-            require(self.dtype == "bfloat16", "--fused_attention needs --dtype=bfloat16")
 
 
 # ----------------------------------------------------------------------------------- 6. Checkpoints
@@ -733,7 +731,7 @@ def from_timm(arrays):
     released = dict(arrays)  # unknown arrays keep their names, so that `to_params` refuses them
     for name, axes, timm in rows_of(depth):
         if timm in arrays:  # not so for pre_logits, nor in some files for head
-            released.pop(timm, None)  # None: no error when qkv comes again
+            released.pop(timm, None)  # qkv is there for one of its three names only
             array = arrays[timm]
             if ".qkv." in timm:  # query, key and value in one: [3D, D] or [3D]
                 part = ["query", "key", "value"].index(name.split("/")[-2])
@@ -1000,7 +998,7 @@ def labelled_dataset(name, splits, load):
 
     load: a function from the name of a split to {"examples": a sequence of {"image": encoded image,
     "label": int}, "classes": list of names}. The test split is the first with a usual name whose
-    labels are not hidden (-1). If there is none, "test" is empty.
+    labels are not hidden (-1). If there is none, "test" is empty, for `load_data` to fill it.
     """
     usual = [x for x in ("test", "validation", "val", "valid") if x in splits]
     tested = next((x for x in usual if load(x)["examples"][0]["label"] >= 0), None)
@@ -1034,8 +1032,7 @@ def hub_dataset(name, options):
     @cache
     def load(split):
         addresses = [x.replace("https://huggingface.co", HUB, 1) for x in splits[split]]
-        files = [fetch(address, options.data_dir) for address in addresses]
-        table = ds.dataset(files)
+        table = ds.dataset([fetch(address, options.data_dir) for address in addresses])
         features = json.loads(table.schema.metadata[b"huggingface"])["info"]["features"]
         # {type: its first column}: reversed, because a later entry replaces an earlier one.
         column_of = {x["_type"]: key for key, x in reversed(features.items()) if "_type" in x}
@@ -1136,7 +1133,7 @@ def load_classifier(path, image_size):
 
 @jax.jit
 def forward_with_rollout(params, image):
-    """[1, H, W, 3] -> probabilities [K], and how much the class token has of each patch: [g, g].
+    """[1, H, W, 3] -> probabilities [K], and how much the class token gets of each patch: [g, g].
 
     Attention rollout (arXiv 2005.00928) multiplies the weights, averaged over heads and mixed with
     the identity for the residual, block after block. A few patches often outshine all others by far
@@ -1145,14 +1142,14 @@ def forward_with_rollout(params, image):
     x = embed(params, image)
     x, weights = jax.lax.scan(encoder_block, x, params["Transformer"]["encoderblock"])
     mixed = (weights[:, 0].mean(axis=1) + jnp.eye(x.shape[1])) / 2  # [L, 1, A, N, N] -> [L, N, N]
-    reached = reduce(jnp.matmul, mixed[::-1])[0, 1:]  # what the class token has of patches: [N-1]
+    reached = reduce(jnp.matmul, mixed[::-1])[0, 1:]  # of each patch, by the class token: [N-1]
     grid = math.isqrt(reached.size)
     light = jnp.minimum(1, reached / jnp.percentile(reached, 99)).reshape(grid, grid)
     return jax.nn.softmax(head(params, x)[0]), light
 
 
 def classify(options, photos):
-    """Prints the five most likely classes of each photo, and writes PHOTO-attention.png.
+    """Prints the five most likely classes of each photo, and writes PHOTO-attention.png here.
 
     It shows the photo and a copy, dark where the class token does not look. Raises BadInput.
     """
@@ -1223,6 +1220,9 @@ def main(argv=None):
         data, photos, options = parse_options(argv)
         if options.coordinator_address or options.num_processes > 1:
             join_hosts(options)
+        if options.fused_attention:
+            fits = options.dtype == "bfloat16" and jax.default_backend() == "gpu"
+            require(fits, "--fused_attention needs --dtype=bfloat16, and an NVIDIA GPU")
         if photos:
             classify(options, photos)
         elif options.eval_only:
