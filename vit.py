@@ -207,7 +207,7 @@ def forward(params, images, dropout_key=None, dropout_rate=0.0, remat=False, fus
     on. Raises TypeError if the number of patches does not fit the position embeddings.
     """
     blocks = params["Transformer"]["encoderblock"]  # [L, ...]
-    input_key, block_keys = None, None  # None has no leaves: scan accepts it
+    input_key, block_keys = None, None  # scan hands a None on to each block
     if dropout_key is not None:
         keys = jax.random.split(dropout_key, 1 + len(blocks["LayerNorm_0"]["scale"]))
         input_key, block_keys = keys[0], keys[1:]  # [L]
@@ -423,7 +423,7 @@ def inception_crop(rng, width, height):
     if h * round(h * aspect) < area:
         h = min(largest, h + 1)
     w = round(h * aspect)
-    left = rng.integers(max(1, width - w))  # 0, or below width - w, as in TensorFlow
+    left = rng.integers(max(1, width - w))  # never width - w, as in TensorFlow
     upper = rng.integers(max(1, height - h))
     return left, upper, left + w, upper + h
 
@@ -879,7 +879,7 @@ def replicate(tree):
     """Copies arrays to all devices, for pmap. Raises BadInput if hosts have different ones."""
     checksums = [zlib.crc32(np.asarray(leaf).tobytes()) for leaf in jax.tree.leaves(tree)]
     same_on_all_hosts({"the weights to start from (is --logdir the same?)": checksums})
-    # This pmap only copies. As one argument must have an axis of devices, it also gets arange.
+    # This pmap only copies. It gets arange, too, because one argument must have an axis of devices.
     copy = on_all_devices(lambda tree, _: tree, in_axes=(None, 0))
     return copy(tree, np.arange(jax.local_device_count()))
 
@@ -901,7 +901,7 @@ def claim(logdir):
 def new_state(options, num_classes):
     """The state before the first update: {"params", "momentum", "step"}. Raises BadInput."""
     if options.pretrained == "none":
-        # train_step uses fold_in(key, step) with a step below 2**31, and so never this key.
+        # Steps are below 2**31, so train_step, which uses fold_in(key, step), has other keys.
         key = jax.random.fold_in(jax.random.key(options.seed), 2**31)
         params = init_params(key, options.model, options.image_size, num_classes)
     else:
@@ -1009,7 +1009,7 @@ def labelled_dataset(name, splits, load):
 
     def read(i):
         example = train[i] if i < n else test[i - n]
-        return decode(io.BytesIO(example["image"]), f"in {name}"), int(example["label"])
+        return decode(io.BytesIO(example["image"]), f"{i} of {name}"), int(example["label"])
 
     return {"classes": classes, "train": range(n), "test": range(n, n + len(test)), "read": read}
 
