@@ -507,7 +507,9 @@ def test_evaluation_counts_every_image_once_and_tests_what_a_run_would_go_on_fro
 def test_fine_tuning_returns_the_params_that_it_saves_or_ends_with_the_first_nan(learned):
     np.savez("x.npz", **seeded_weights(**XS | {"K": 7}))
     *_, options = vit.parse_options(f"own {TINY} --pretrained=~/x.npz".split())
-    tuned = vit.train(options, numbers(2))
+    with mock.patch.object(vit, "training_example", side_effect=vit.training_example) as example:
+        tuned = vit.train(options, numbers(2))
+    assert {call.args[-1] for call in example.call_args_list} == {*range(30 * 16)}
     assert equal(vit.load_checkpoint("runs/own/checkpoint.npz"), tuned)
     moved = abs(tuned["cls"] - seeded_weights(**XS)["cls"])
     assert 0 < moved.max() < 0.3 and tuned["head"]["bias"].shape == (2,)  # a new head
@@ -969,6 +971,7 @@ BAD_COMMANDS = """--modle=ViT-B_16 | --model=ViT-Q | --total_steps=0 | --dropout
     --pretrained=http://127.0.0.1:9/v.npz | unknown: 'wolf' | unknown/test/wolf: CLASS/*.jpg
     good --pretrained=names.npz --eval_only: classes | 16.png --pretrained=names.npz: 8 bits
     16.png --pretrained=headless.npz: no head | 16.png good
+    16.png --pretrained=released --model=ViT-B_8: =ViT-B_8 is not released
     names.npz --pretrained=names.npz: image names.npz
     cut_image: put another picture in its place | good --pretrained=pickled.npz: allow_pickle
     good --pretrained=other.npz: reg_token | good --pretrained=inf.npz: LayerNorm_2/bias
