@@ -971,7 +971,7 @@ BAD_COMMANDS = """--modle=ViT-B_16 | --model=ViT-Q | --total_steps=0 | --dropout
     --pretrained=http://127.0.0.1:9/v.npz | unknown: 'wolf' | unknown/test/wolf: CLASS/*.jpg
     good --pretrained=names.npz --eval_only: classes | 16.png --pretrained=names.npz: 8 bits
     16.png --pretrained=headless.npz: no head | 16.png good
-    16.png --pretrained=released --model=ViT-B_8: =ViT-B_8 is not released
+    16.png --pretrained=released --model=ViT-B_8: =ViT-B_8 is not among
     names.npz --pretrained=names.npz: image names.npz
     cut_image: put another picture in its place | good --pretrained=pickled.npz: allow_pickle
     good --pretrained=other.npz: reg_token | good --pretrained=inf.npz: LayerNorm_2/bias

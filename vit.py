@@ -678,7 +678,8 @@ def pretrained_file(options, fine_tuned=False):
     path = os.path.expanduser(options.pretrained)
     if path == "released":
         names = {model: both[fine_tuned] for model, both in RELEASED.items() if both[fine_tuned]}
-        require(options.model in names, f"--model={options.model} is not released, but {[*names]}")
+        why = f"--model={options.model} is not among those released for this: {[*names]}"
+        require(options.model in names, why)
         path = f"{HUB}/timm/vit_{names[options.model]}/resolve/main/model.safetensors"
     return fetch(path, options.data_dir) if re.match("https?://", path) else path
 
@@ -731,7 +732,7 @@ def from_timm(arrays):
     released = dict(arrays)  # unknown arrays keep their names, so that `to_params` refuses them
     for name, axes, timm in rows_of(depth):
         if timm in arrays:  # not so for pre_logits, nor in some files for head
-            released.pop(timm, None)  # qkv is there for one of its three names only
+            released.pop(timm, None)  # None: when key and value come, qkv is already gone
             array = arrays[timm]
             if ".qkv." in timm:  # query, key and value in one: [3D, D] or [3D]
                 part = ["query", "key", "value"].index(name.split("/")[-2])
@@ -959,6 +960,8 @@ def save_run(options, state, run):
 # ------------------------------------------------------------------------------------- 8. Datasets
 
 CIFAR = {name: f"hf://datasets/uoft-cs/{name}" for name in ("cifar10", "cifar100")}
+# As in the release, training uses only the first part of these.
+USED = {CIFAR["cifar10"]: 0.98, CIFAR["cifar100"]: 0.98, "imagenet2012": 0.99}
 # The formats that Pillow decodes itself; for others, such as EPS, it would start other programs.
 FORMATS = "JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM"
 ENDINGS = {ending for ending, x in Image.registered_extensions().items() if x in FORMATS}
@@ -1005,7 +1008,8 @@ def labelled_dataset(name, splits, load):
     require(tested or "train" in splits, f"{name} has no train or labelled test, but {[*splits]}")
     train = load("train")["examples"] if "train" in splits else []
     test = load(tested)["examples"] if tested else []
-    n, classes = len(train), load(tested or "train")["classes"]
+    classes = load(tested or "train")["classes"]
+    n = len(train)
 
     def read(i):
         example = train[i] if i < n else test[i - n]
@@ -1108,8 +1112,7 @@ def load_data(name, options):
         data, name = image_folder(name), os.path.abspath(name)
     else:
         data = tfds_dataset(name, options)
-    # As in the release, the last 2 % of CIFAR and the last 1 % of ImageNet are not used.
-    used = 0.98 if name in CIFAR.values() else 0.99 if re.match(r"imagenet2012\b", name) else 1
+    used = USED.get(re.sub(r":[\d.*]+$", "", name), 1)  # ImageNet may have a version
     data["train"] = data["train"][: round(used * len(data["train"]))]
     if not data["test"]:  # every tenth is for testing
         data["test"] = data["train"][::10]
